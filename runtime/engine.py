@@ -1,0 +1,179 @@
+"""One training rank: a model under DeepSpeed, the frozen models its losses compare with, and the generator that shares its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed on import; a GPU cluster's configuration sets it first
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from domains.config import SandboxConfig
+from domains.types import Prompt, Sample
+from model import weights
+from model.kernels.logprob.reference import token_logprobs
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from runtime.batch import Batch
+from runtime.config import OptimizerConfig, SamplingConfig
+from runtime.generation.engine import Generator
+from runtime.objective import LossSpec, Objective
+from runtime.optim import HybridOptimizer
+from runtime.step import DomainSetup
+from runtime.zero_layouts import layouts_of
+
+
+@dataclass(kw_only=True)
+class EngineSpec:
+    """What a rank needs to know to come up.
+
+    Attributes:
+        model: directory with `config.json`, weights and tokenizer to start from.
+        optimizer: how it trains.
+        deepspeed: DeepSpeed's own keys.
+        threads: intra-op threads of this rank.
+        frozen: name to directory of the models that losses compare with.
+        domains: whose prompts this rank may be asked to answer.
+        sandbox: limits of the domains' environments.
+        ranks: number of ranks.
+        rendezvous: `tcp://host:port` or `file://path` where the ranks meet.
+    """
+
+    model: str
+    optimizer: OptimizerConfig
+    deepspeed: dict[str, Any]
+    threads: int = 1
+    frozen: dict[str, str] = field(default_factory=dict)
+    domains: dict[str, DomainSetup] = field(default_factory=dict)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    ranks: int = 1
+    rendezvous: str = ""
+
+
+class Engine:
+    """One rank. Every method is called on all ranks together, each with its own share."""
+
+    def __init__(self, spec: EngineSpec, rank: int = 0) -> None:
+        self.spec, self.rank = spec, rank
+        torch.set_num_threads(spec.threads)
+        join_ranks(spec, rank)
+        model = weights.load(Path(spec.model))
+        self.tokenizer = Tokenizer.load(Path(spec.model))
+        self.objective = Objective(model)
+        optimizer = HybridOptimizer(model.named_parameters(), spec.optimizer)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": spec.optimizer.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+        } | spec.deepspeed
+        self.deepspeed, *_ = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=config)
+        self.stage = self.deepspeed.zero_optimization_stage()
+        self.optimizer = optimizer
+        optimizer.layouts = layouts_of(self.deepspeed.optimizer, self.stage)
+        self.frozen = {name: weights.load(Path(path)).requires_grad_(False).eval() for name, path in spec.frozen.items()}
+        self.generator = Generator(model, self.tokenizer, spec.domains, spec.sandbox)
+
+    @property
+    def model(self) -> Transformer:
+        """The policy; the generator samples from these very parameters."""
+        return self.objective.model
+
+    def forward_backward(self, batches: Sequence[Batch], loss: LossSpec, denominator: float) -> dict[str, float]:
+        """Accumulate gradients of sum(loss) / denominator over all ranks' rows; returns this rank's metric sums."""
+        self.deepspeed.train()
+        sums: dict[str, float] = {}
+        for batch in batches:
+            teacher = self.frozen[batch.teacher] if batch.teacher else None
+            value = self.deepspeed(batch, loss, denominator, teacher)
+            # DeepSpeed averages gradients over ranks; the loss is a share of a global mean, so the average is undone here.
+            self.deepspeed.backward(value * self.spec.ranks, scale_wrt_gas=False)
+            for name, metric in self.objective.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(metric)
+        return sums
+
+    def optim_step(self, lr: float, router_bias_speed: float = 0.0) -> dict[str, float]:
+        """Apply the accumulated gradients with this learning rate, then nudge the routers' biases."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        self.deepspeed.zero_grad()
+        if router_bias_speed:
+            load = self.model.router_load()
+            if self.spec.ranks > 1:
+                dist.all_reduce(load)
+            self.model.update_router_bias(router_bias_speed, load)
+        return {"actor/grad_norm": float(self.deepspeed.get_global_grad_norm() or 0.0), "actor/lr": lr}
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[Batch], model: str = "") -> list[Any]:
+        """Log-probs [R] float32, nats, of each row's targets under the policy, or under the frozen model of that name."""
+        self.deepspeed.eval()
+        net = self.frozen[model] if model else self.model
+        out = []
+        with self._whole_weights():
+            for batch in batches:
+                tokens, where = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets.nonzero()[0])
+                hidden = net(tokens, torch.from_numpy(batch.cu_seqlens)).last[where - 1]
+                out.append(token_logprobs(hidden, net.head.weight, tokens[where])[0].numpy())
+        return out
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, *, samples: int) -> list[Sample]:
+        """Sample `samples` answers a prompt, in prompt order; `seeds` hold one stream a prompt."""
+        self.deepspeed.eval()
+        with self._whole_weights():
+            return self.generator.generate(prompts, seeds, sampling, samples=samples)
+
+    def save(self, directory: str) -> None:
+        """Write this rank's share of model, optimizer and random state into a directory that all ranks share."""
+        client = {"torch_rng": torch.get_rng_state(), "spec": asdict(self.spec.optimizer)}
+        self.deepspeed.save_checkpoint(directory, tag="ranks", client_state=client, save_latest=False)
+
+    def load(self, directory: str) -> None:
+        """Restore what `save` wrote with the same number of ranks."""
+        path, client = self.deepspeed.load_checkpoint(directory, tag="ranks")
+        if path is None:
+            raise ValueError(f"{directory}: holds no checkpoint for {self.spec.ranks} ranks at ZeRO stage {self.stage}")
+        torch.set_rng_state(client["torch_rng"])
+
+    def export(self, directory: str) -> None:
+        """Write the model and its tokenizer for the next step; rank 0 writes."""
+        with self._whole_weights():
+            if self.rank == 0:
+                weights.save(self.model, Path(directory))
+                self.tokenizer.save(Path(directory))
+
+    def close(self) -> None:
+        """Release the generator's environments and leave the process group."""
+        self.generator.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _whole_weights(self) -> Any:
+        """Under ZeRO 3, gather the parameters for the duration; otherwise they are whole already."""
+        return deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3)
+
+
+def join_ranks(spec: EngineSpec, rank: int) -> None:
+    """Set up the process group under DeepSpeed, on gloo for the CPU and NCCL for GPUs."""
+    cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
+    if cpu:
+        # Its shared-memory all-reduce is compiled with g++ at first use; gloo does the same work without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(LOCAL_RANK=str(0 if cpu else rank), RANK=str(rank), WORLD_SIZE=str(spec.ranks))
+    deepspeed.init_distributed(
+        dist_backend="gloo" if cpu else "nccl",
+        init_method=spec.rendezvous,
+        rank=rank,
+        world_size=spec.ranks,
+        auto_mpi_discovery=False,
+        verbose=False,
+    )

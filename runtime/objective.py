@@ -1,0 +1,121 @@
+"""Where a model meets a loss on one packed row: the module that DeepSpeed wraps."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.kernels.logprob.reference import token_logprobs
+from model.transformer import Transformer
+from runtime.batch import Batch
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name, so that the process that loops need not import torch.
+
+    Attributes:
+        target: `module:function`; the function takes (`Rows`, head weight [V, D], **options) and returns
+            (sum [] fp32, metrics: name to summed [] tensor).
+        options: keyword arguments of the function.
+        balance_weight: weight of the routers' balance loss.
+        mtp_weight: weight of the MTP block's cross-entropy.
+    """
+
+    target: str
+    options: dict[str, Any] = field(default_factory=dict)
+    balance_weight: float = 0.0
+    mtp_weight: float = 0.0
+
+    def resolve(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+        """Import the function."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+class Rows(NamedTuple):
+    """The positions of a packed row that predict a target, R of them.
+
+    Attributes:
+        hidden: [R, D] hidden states that predict the targets.
+        targets: [R] int64.
+        fields: name to [R] float32.
+        sample: [R] int64, which sample of the row each belongs to.
+        samples: number of samples in the row.
+        teacher: the frozen model's hidden states [R, D'] and head [V, D'], or None.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    fields: dict[str, Tensor]
+    sample: Tensor
+    samples: int
+    teacher: tuple[Tensor, Tensor] | None
+
+
+class Objective(nn.Module):
+    """A model together with the loss of the moment.
+
+    `forward` returns the row's share of the step's mean loss; what it measured on the way is in `metrics` as sums.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+        self.metrics: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch, spec: LossSpec, denominator: float, teacher: Transformer | None) -> Tensor:
+        """Compute the loss of one packed row.
+
+        Args:
+            batch: the row.
+            spec: which loss.
+            denominator: targets of the whole step over all ranks; the loss sum is divided by it.
+            teacher: the frozen model that the row's loss compares with.
+
+        Returns:
+            [] fp32, requires grad also for a row without targets.
+        """
+        device = self.model.embed.weight.device
+        tokens = torch.from_numpy(batch.tokens).to(device)
+        cu_seqlens = torch.from_numpy(batch.cu_seqlens).to(device)
+        hidden = self.model(tokens, cu_seqlens)
+        where = torch.from_numpy(batch.targets.nonzero()[0]).to(device)  # [R]
+        rows = Rows(
+            hidden=hidden.last[where - 1],
+            targets=tokens[where],
+            fields={name: torch.from_numpy(values).to(device)[where] for name, values in batch.fields.items()},
+            sample=torch.searchsorted(cu_seqlens, where, right=True) - 1,
+            samples=len(batch.cu_seqlens) - 1,
+            teacher=None if teacher is None else teacher_states(teacher, tokens, cu_seqlens, where),
+        )
+        loss = spec.resolve()
+        total, metrics = self.model.head(rows.hidden, lambda h, weight: loss(rows._replace(hidden=h), weight, **spec.options))
+        total = total / denominator
+        if spec.balance_weight:
+            total = total + spec.balance_weight * hidden.balance_loss * (batch.target_count / denominator)
+            metrics["balance_loss"] = hidden.balance_loss.detach() * batch.target_count
+        if spec.mtp_weight:
+            mtp_total = self._mtp(hidden, tokens, cu_seqlens, where)
+            total = total + spec.mtp_weight * mtp_total / denominator
+            metrics["mtp_loss"] = mtp_total.detach()
+        self.metrics = {name: value.detach() for name, value in metrics.items()}
+        return total
+
+    def _mtp(self, hidden: Any, tokens: Tensor, cu_seqlens: Tensor, where: Tensor) -> Tensor:
+        """Sum the MTP block's cross-entropy over targets that lie two tokens behind some token of their sample."""
+        sample = torch.searchsorted(cu_seqlens, where, right=True) - 1
+        reachable = where[where - 2 >= cu_seqlens[sample]]
+        states = self.model.mtp_hidden(hidden, tokens, cu_seqlens)[reachable - 2]
+        return self.model.head(states, lambda h, weight: -token_logprobs(h, weight, tokens[reachable])[0].sum())
+
+
+@torch.no_grad()
+def teacher_states(teacher: Transformer, tokens: Tensor, cu_seqlens: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a frozen model's hidden states [R, D] that predict the tokens at `where`, and its head [V, D]."""
+    return teacher(tokens, cu_seqlens).last[where - 1], teacher.head.weight.detach()
