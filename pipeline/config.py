@@ -1,0 +1,208 @@
+"""Compose YAML and command line into one typed configuration; everything invalid dies here, before Ray starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from distill.config import DistillConfig
+from domains.config import DomainConfig, SandboxConfig
+from experts.config import SupervisedConfig
+from model.config import ModelConfig
+from pipeline.errors import UsageError, choose, unknown_key
+from rl.config import GrpoConfig
+from runtime.config import ClusterConfig, EngineConfig, EvaluationConfig, SamplingConfig, TrackingConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+STAGES = ("base", "experts", "distill", "all")
+DOMAIN_KINDS = ("math", "code", "agent")
+
+
+@dataclass(kw_only=True)
+class SpecialistConfig:
+    """One domain and how its specialist is cultivated."""
+
+    domain: DomainConfig = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run: what it makes, from what, and with which resources."""
+
+    stage: str = MISSING
+    """`base`, `experts`, `distill` or `all`; what it needs is made too, or reused."""
+    run: str | None = None
+    """Name of the run directory; the stage's name when left out."""
+    output_dir: str = "outputs"
+    seed: int = 0
+    model: ModelConfig = MISSING
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    domains: dict[str, SpecialistConfig] = field(default_factory=dict)
+    base: SupervisedConfig = field(default_factory=SupervisedConfig)
+    warmup: SupervisedConfig = field(default_factory=SupervisedConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that `conf/config.yaml` starts from; idempotent."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def example() -> DictConfig:
+    """Compose the whole schema, with every domain of `conf/domain`, so that an unknown key finds its nearest."""
+    domains = {path.stem: SpecialistConfig(domain=DomainConfig(kind=path.stem)) for path in (CONF / "domain").glob("*.yaml")}
+    schema = OmegaConf.structured(RunConfig(stage="all", model=ModelConfig(), domains=domains))
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
+def convert(composed: DictConfig) -> RunConfig:
+    """Turn Hydra's configuration into dataclasses and check what no single field can know.
+
+    Args:
+        composed: what Hydra composed over the schema.
+
+    Raises:
+        UsageError: all missing values and contradictions at once, one a line.
+    """
+    if strangers := _strangers("", composed):
+        raise UsageError("\n".join(unknown_key(key, value, conf=CONF, schema=example()) for key, value in strangers))
+    missing = OmegaConf.missing_keys(composed)
+    if missing:
+        raise UsageError("\n".join(_missing(key) for key in sorted(missing)))
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    if found := problems(config):
+        raise UsageError("\n".join(found))
+    return config
+
+
+def run_name(config: RunConfig) -> str:
+    """Name of the run's directory, the same for the same command."""
+    return config.run or config.stage
+
+
+def problems(config: RunConfig) -> list[str]:
+    """List every contradiction, as `key: got, expected`; empty when the run can start."""
+    found = [] if config.stage in STAGES else [choose("stage", config.stage, STAGES)]
+    if not re.fullmatch(r"[\w][\w.,=+-]*", run_name(config)):
+        found.append(f"run: got {run_name(config)!r}, expected letters, digits and . , = + - _")
+    found += [f"model.{problem}" for problem in config.model.problems()]
+    found += _out_of_range("", config)
+    if config.tracking.wandb not in ("offline", "online", "off"):
+        found.append(choose("tracking.wandb", config.tracking.wandb, ("offline", "online", "off")))
+    if config.sandbox.backend not in ("auto", "bwrap", "bwrap-clone-filter"):
+        found.append(choose("sandbox.backend", config.sandbox.backend, ("auto", "bwrap", "bwrap-clone-filter")))
+    if not config.domains:
+        found.append("domains: got none, expected at least one")
+    for name, specialist in config.domains.items():
+        found += _domain_problems(name, specialist, config)
+    return found + _distill_problems(config)
+
+
+def _domain_problems(name: str, specialist: SpecialistConfig, config: RunConfig) -> list[str]:
+    prefix, domain, sampling = f"domains.{name}", specialist.domain, specialist.sampling
+    found = []
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        found.append(f"{prefix}: got name {name!r}, expected lower-case letters, digits and _")
+    if domain.kind not in DOMAIN_KINDS:
+        found.append(choose(f"{prefix}.domain.kind", domain.kind, DOMAIN_KINDS))
+    if domain.source.endswith((".jsonl", ".parquet")) and not Path(domain.source).is_file():
+        found.append(f"{prefix}.domain.source: got {domain.source!r}, no such file from {Path.cwd()}")
+    elif domain.source != "procedural" and not domain.source.endswith((".jsonl", ".parquet")) and domain.source.count("/") != 1:
+        found.append(
+            f"{prefix}.domain.source: got {domain.source!r}, expected procedural, a .jsonl or .parquet file, or owner/name of a dataset"
+        )
+    if sampling.max_turns > 1 and domain.kind != "agent":
+        found.append(f"{prefix}.sampling.max_turns: got {sampling.max_turns}, expected 1 for kind {domain.kind}")
+    if sampling.max_new_tokens > config.engine.row_tokens:
+        found.append(
+            f"{prefix}.sampling.max_new_tokens: got {sampling.max_new_tokens}, expected at most engine.row_tokens = {config.engine.row_tokens}"
+        )
+    if sampling.temperature == 0:
+        found.append(f"{prefix}.sampling.temperature: got 0, expected above 0: greedy samples of one prompt are all alike")
+    if specialist.grpo.samples_per_prompt < 2:
+        found.append(
+            f"{prefix}.grpo.samples_per_prompt: got {specialist.grpo.samples_per_prompt}, expected at least 2: the baseline is the group's mean"
+        )
+    return found
+
+
+def _distill_problems(config: RunConfig) -> list[str]:
+    found = []
+    if config.distill.init not in ("warmup", "base"):
+        found.append(choose("distill.init", config.distill.init, ("warmup", "base")))
+    for name, weight in config.distill.weights.items():
+        if name not in config.domains:
+            found.append(choose("distill.weights", name, tuple(config.domains)))
+        if weight <= 0:
+            found.append(f"distill.weights.{name}: got {weight}, expected above 0; delete the domain to leave it out")
+    if config.distill.prompts_per_step < len(config.domains):
+        found.append(
+            f"distill.prompts_per_step: got {config.distill.prompts_per_step}, expected at least one a domain = {len(config.domains)}"
+        )
+    return found
+
+
+_AT_LEAST: dict[str, float] = {
+    "steps": 1, "tokens_per_step": 1, "demonstrations": 1, "save_every": 1, "prompts_per_step": 1, "samples_per_prompt": 1, "train_prompts": 1,
+    "prompts": 1, "max_new_tokens": 1, "max_turns": 1, "row_tokens": 1, "ranks": 1, "cpus_per_rank": 1, "chunk_tokens": 1, "slots": 1, "memory_mib": 1,
+    "difficulty": 1, "warmup_steps": 0, "weight_decay": 0, "final_lr_ratio": 0, "gpus_per_rank": 0, "parallel_steps": 0, "temperature": 0,
+    "kl_weight": 0, "off_policy_mask_nats": 0, "balance_loss_weight": 0, "router_bias_speed": 0, "mtp_loss_weight": 0, "seed": 0, "dashboard_port": 0,
+}  # fmt: skip
+_ABOVE_ZERO = {"lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
+_SHARES = {"diligence", "infrastructure_limit", "momentum"}
+
+
+def _out_of_range(prefix: str, node: Any) -> list[str]:
+    """Check every number of a tree of dataclasses against the range its name stands for; the model checks itself."""
+    if isinstance(node, dict):
+        return [line for name, value in node.items() for line in _out_of_range(f"{prefix}{name}.", value)]
+    if not is_dataclass(node) or isinstance(node, ModelConfig):
+        return []
+    found = []
+    for name in (f.name for f in fields(node)):
+        value, key = getattr(node, name), prefix + name
+        if name in _AT_LEAST and value < _AT_LEAST[name]:
+            found.append(f"{key}: got {value}, expected at least {_AT_LEAST[name]:g}")
+        elif name in _ABOVE_ZERO and value <= 0:
+            found.append(f"{key}: got {value}, expected above 0")
+        elif name in _SHARES and not 0 <= value <= 1:
+            found.append(f"{key}: got {value}, expected 0 to 1")
+        elif name == "betas" and (len(value) != 2 or not all(0 <= beta < 1 for beta in value)):
+            found.append(f"{key}: got {value}, expected two numbers from 0 to below 1")
+        elif name == "name" and value not in ("muon", "adamw"):
+            found.append(choose(key, value, ("muon", "adamw")))
+        found += _out_of_range(f"{key}.", value)
+    return found
+
+
+def _strangers(prefix: str, node: DictConfig) -> list[tuple[str, str]]:
+    """List the keys that no dataclass has: `+typo=1` puts them past Hydra's own check."""
+    schema = OmegaConf.get_type(node)
+    known = {f.name for f in fields(schema)} if is_dataclass(schema) else None
+    found = []
+    for name in map(str, node):
+        if known is not None and name not in known:
+            found.append((f"{prefix}{name}", str(node._get_node(name))))
+        elif isinstance(value := None if OmegaConf.is_missing(node, name) else node[name], DictConfig):
+            found += _strangers(f"{prefix}{name}.", value)
+    return found
+
+
+def _missing(key: str) -> str:
+    if key == "stage":
+        return f"stage: missing, add one of {', '.join(f'+stage={stage}' for stage in STAGES)}"
+    return f"{key}: missing, expected a value in the YAML or {key}=... on the command line"
