@@ -80,6 +80,19 @@ class Verdict:
     detail: str = ""
 
 
+class TaskSource(Protocol):
+    """Where a domain's text comes from: made up on the spot, or read from files."""
+
+    def documents(self, count: int, *, seed: int) -> list[str]:
+        """See `Domain.documents`."""
+
+    def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
+        """See `Domain.prompts`."""
+
+    def demonstrations(self, count: int, *, seed: int) -> list[Demonstration]:
+        """See `Domain.demonstrations`."""
+
+
 class Environment(Protocol):
     """Answers the model's turns for a batch of episodes of a multi-turn domain."""
 
@@ -100,6 +113,8 @@ class Domain(Protocol):
     """What a domain offers: tasks, demonstrations, an environment where it has one, and verdicts."""
 
     name: str
+    thinking_mode: str
+    """`thinking` or `chat`: how the model is asked to answer."""
 
     def documents(self, count: int, *, seed: int) -> list[str]:
         """Raw text of the domain for pre-training: no chat, no task of either split."""

@@ -14,6 +14,8 @@ class GrpoConfig:
     samples_per_prompt: int = 8
     train_prompts: int = 4096
     """Different training prompts drawn."""
+    updates_per_rollout: int = 1
+    """Optimizer steps a rollout is split into; above 1 the later ones are off-policy and the clip matters."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl_weight: float = 0.0

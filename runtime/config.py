@@ -40,8 +40,13 @@ class ClusterConfig:
     address: str = "local"
     """`local` starts Ray on this machine; otherwise the address of a running cluster."""
     ranks: int = 1
-    """Training ranks of one step (data parallel)."""
-    cpus_per_rank: int = 1
+    """Training ranks (data parallel) of a step that has the cluster to itself: base, distillation."""
+    expert_ranks: int = 1
+    """Training ranks of a step that shares the cluster with others: a specialist's, the student's warm-up."""
+    cpus_per_rank: float = 1.0
+    """What Ray reserves for a rank; below 1 lets more experts than cores run side by side."""
+    threads_per_rank: int = 1
+    """Threads that a rank computes with."""
     gpus_per_rank: float = 0.0
     parallel_steps: int = 0
     """Steps side by side at most; 0: as many as the resources hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +13,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed on import; a
 import deepspeed
 import torch
 import torch.distributed as dist
+from model.transformer import Transformer
 
-from domains.config import SandboxConfig
 from domains.types import Prompt, Sample
 from model import weights
 from model.kernels.logprob.reference import token_logprobs
 from model.tokenizer import Tokenizer
-from model.transformer import Transformer
 from runtime.batch import Batch
-from runtime.config import OptimizerConfig, SamplingConfig
+from runtime.config import SamplingConfig
 from runtime.generation.engine import Generator
-from runtime.objective import LossSpec, Objective
+from runtime.objective import Objective
 from runtime.optim import HybridOptimizer
-from runtime.step import DomainSetup
+from runtime.spec import EngineSpec, LossSpec
 from runtime.zero_layouts import layouts_of
-
-
-@dataclass(kw_only=True)
-class EngineSpec:
-    """What a rank needs to know to come up.
-
-    Attributes:
-        model: directory with `config.json`, weights and tokenizer to start from.
-        optimizer: how it trains.
-        deepspeed: DeepSpeed's own keys.
-        threads: intra-op threads of this rank.
-        frozen: name to directory of the models that losses compare with.
-        domains: whose prompts this rank may be asked to answer.
-        sandbox: limits of the domains' environments.
-        ranks: number of ranks.
-        rendezvous: `tcp://host:port` or `file://path` where the ranks meet.
-    """
-
-    model: str
-    optimizer: OptimizerConfig
-    deepspeed: dict[str, Any]
-    threads: int = 1
-    frozen: dict[str, str] = field(default_factory=dict)
-    domains: dict[str, DomainSetup] = field(default_factory=dict)
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    ranks: int = 1
-    rendezvous: str = ""
 
 
 class Engine:

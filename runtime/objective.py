@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from model.transformer import Transformer
 from torch import Tensor, nn
 
 from model.kernels.logprob.reference import token_logprobs
-from model.transformer import Transformer
 from runtime.batch import Batch
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """A loss by name, so that the process that loops need not import torch.
-
-    Attributes:
-        target: `module:function`; the function takes (`Rows`, head weight [V, D], **options) and returns
-            (sum [] fp32, metrics: name to summed [] tensor).
-        options: keyword arguments of the function.
-        balance_weight: weight of the routers' balance loss.
-        mtp_weight: weight of the MTP block's cross-entropy.
-    """
-
-    target: str
-    options: dict[str, Any] = field(default_factory=dict)
-    balance_weight: float = 0.0
-    mtp_weight: float = 0.0
-
-    def resolve(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-        """Import the function."""
-        module, name = self.target.split(":")
-        return getattr(importlib.import_module(module), name)
+from runtime.spec import LossSpec
 
 
 class Rows(NamedTuple):

@@ -6,10 +6,13 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from runtime.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +23,10 @@ PROGRESS = "progress.json"
 class Tracker:
     """One step's metrics: appended to `metrics.jsonl`, one JSON object a line with the key `step`, flushed line by line."""
 
-    def __init__(self, workdir: Path) -> None:
-        """Track into a work directory, which must exist."""
+    def __init__(self, workdir: Path, sink: WandbSink | None = None) -> None:
+        """Track into a work directory, which must exist, and into `sink` where there is one."""
         self.workdir = workdir
+        self._sink = sink
         self._latest: dict[str, float] = {}
         self._phase: tuple[str, int, float] | None = None
 
@@ -38,6 +42,8 @@ class Tracker:
         with (self.workdir / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._latest |= values
+        if self._sink is not None:
+            self._sink.log(line)
         logger.info("step %d | %s", step, " | ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def progress(self, done: int, total: int, note: str = "") -> None:
@@ -72,9 +78,89 @@ class Tracker:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
+        if self._sink is not None:  # An offline W&B run cannot be continued, so the new one gets the old lines.
+            for line in kept:
+                self._sink.log(line)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the sinks; `summary` is what the step returned."""
+        if self._sink is not None:
+            self._sink.finish(summary)
+
+
+class WandbSink:
+    """One W&B run, of one step or of the closing report."""
+
+    def __init__(self, run: Any) -> None:
+        """Wrap what `wandb.init` returned."""
+        self._run = run
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+
+    def log(self, line: Mapping[str, float | None]) -> None:
+        """Send one line of metrics, `step` among them; a null is left out."""
+        self._run.log({name: value for name, value in line.items() if value is not None})
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Send a table."""
+        # Imported here: loaded only when W&B is on.
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=[*columns], data=rows)})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Store the numbers of a nested summary, flat, and close the run."""
+        self._run.summary.update(_flat("", summary))
+        self._run.finish(quiet=True)
+
+
+def open_wandb(tracking: TrackingConfig, *, run_dir: Path, group: str, step: str, values: Mapping[str, Any]) -> WandbSink | None:
+    """Start a W&B run in a group, or return None when tracking is off; W&B is imported only when it is on.
+
+    Args:
+        tracking: mode and project.
+        run_dir: where W&B writes; it makes its own folder `wandb` there.
+        group: the run's name; all its steps share it.
+        step: name of the W&B run; its part before `-` is the job type.
+        values: the run's configuration; values of keys that look like secrets are blanked.
+    """
+    if tracking.wandb == "off":
+        return None
+    # Imported here: half a second, and mode `off` must work without it.
+    import wandb
+
+    run = wandb.init(
+        project=tracking.project,
+        group=group,
+        name=f"{group}/{step}",
+        job_type=step.split("-")[0],
+        dir=str(run_dir),
+        mode="offline" if tracking.wandb == "offline" else "online",
+        config=redact(values),
+        reinit="create_new",
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+    )
+    return WandbSink(run)
+
+
+def redact(values: Any) -> Any:
+    """Blank the values of keys that look like secrets, at any depth."""
+    if isinstance(values, Mapping):
+        return {name: "***" if _SECRET.search(str(name)) else redact(value) for name, value in values.items()}
+    return [redact(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+_SECRET = re.compile(r"(^|_)(key|apikey|token|secret|password|credential)s?$", re.IGNORECASE)
+
+
+def _flat(prefix: str, node: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            found |= _flat(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,46 @@
+"""Supervised cold start: of one specialist on its domain's demonstrations, or of the student on all domains'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from domains.catalog import make_domain
+from domains.types import Domain
+from experts.job import SftJob
+from experts.supervised import train
+from model.tokenizer import Tokenizer
+from runtime.batch import PackedSample
+from runtime.evaluate import evaluate
+from runtime.generation.conversation import demonstration_tokens
+from runtime.ranks import running_ranks
+from runtime.step import StepContext
+
+
+def run(context: StepContext, job: SftJob) -> dict[str, Any]:
+    """Train on demonstrations, evaluate on the same domains' held-out prompts, hand the model on."""
+    start = context.inputs[job.start]
+    domains = {name: make_domain(name, setup.domain, context.sandbox) for name, setup in job.domains.items()}
+    samples = demonstration_samples(start, list(domains.values()), count=job.supervised.demonstrations, seed=context.seed)
+    with running_ranks(context, model=start, optimizer=job.supervised.optimizer, domains=job.domains) as (trainer, rollout):
+        tokens = train(context, trainer, samples, job.supervised)
+        evaluation = {}
+        for done, (name, domain) in enumerate(domains.items()):
+            context.tracker.progress(done, len(domains), "evaluating")
+            sampling = job.domains[name].sampling
+            evaluation[name] = evaluate(rollout, domain, prompts=job.evaluation.prompts, sampling=sampling, seed=context.seed)
+        trainer.export(context.artifact)
+    for domain in domains.values():
+        domain.close()
+    return {"evaluation": evaluation, "tokens": tokens, "steps": job.supervised.steps}
+
+
+def demonstration_samples(model: Path, domains: list[Domain], *, count: int, seed: int) -> list[PackedSample]:
+    """Encode `count` demonstrations of each domain with a model's tokenizer; the loss reads what the assistant wrote."""
+    tokenizer = Tokenizer.load(model)
+    samples = []
+    for domain in domains:
+        for demonstration in domain.demonstrations(count, seed=seed):
+            tokens, written = demonstration_tokens(tokenizer, demonstration.prompt.messages, demonstration.messages, domain.thinking_mode)
+            samples.append(PackedSample(tokens, written))
+    return samples

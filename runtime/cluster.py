@@ -1,0 +1,130 @@
+"""Ray: starting it or joining it, what it has, and a group of rank actors. The home of Ray beside the workflow's tasks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from runtime.config import ClusterConfig
+from runtime.spec import EngineSpec
+
+RANK_TIMEOUT_S = 3600.0
+"""Longest that one call on the ranks may take before it is given up with an error."""
+
+
+class ClusterError(ValueError):
+    """The cluster cannot hold what the configuration asks for."""
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What Ray offers.
+
+    Attributes:
+        dashboard_url: address of the dashboard, "" without one.
+        cpus: CPUs that Ray may hand out.
+        gpus: GPUs that Ray may hand out.
+    """
+
+    dashboard_url: str
+    cpus: float
+    gpus: float
+
+
+def start(config: ClusterConfig, run_dir: Path) -> ClusterInfo:
+    """Start Ray on this machine, or join a running cluster, and check that one step's ranks fit.
+
+    Raises:
+        ClusterError: the resources asked for exceed what there is; names both.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if config.address == "local":
+        options |= {
+            "address": "local",
+            "include_dashboard": config.dashboard,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": config.dashboard_port,
+            "object_store_memory": 256 * 2**20,
+            "_node_ip_address": "127.0.0.1",
+        }
+    else:
+        options["address"] = config.address
+    context = ray.init(**options)
+    url = context.dashboard_url
+    have = ray.cluster_resources()
+    info = ClusterInfo(f"http://{url}" if url else "", have.get("CPU", 0.0), have.get("GPU", 0.0))
+    wanted_cpus, wanted_gpus = config.ranks * config.cpus_per_rank, config.ranks * config.gpus_per_rank
+    if wanted_cpus > info.cpus or wanted_gpus > info.gpus:
+        stop()
+        raise ClusterError(
+            f"cluster: {config.ranks} ranks x ({config.cpus_per_rank} CPUs, {config.gpus_per_rank:g} GPUs) = {wanted_cpus} CPUs and "
+            f"{wanted_gpus:g} GPUs asked for, but Ray has {info.cpus:g} CPUs and {info.gpus:g} GPUs; "
+            "lower cluster.ranks, cluster.cpus_per_rank or cluster.gpus_per_rank, or give the address of a larger cluster"
+        )
+    return info
+
+
+def stop() -> None:
+    """Leave Ray, and end it where `start` started it."""
+    ray.shutdown()
+
+
+@ray.remote
+class _Rank:
+    """The actor around one engine; the heavy imports happen here, in the rank's own process."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.engine: Any = None
+
+    def address(self) -> str:
+        """Return `host:port`, free at this moment, where rank 0 will wait for the others."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def start(self, spec: EngineSpec) -> None:
+        """Bring the engine up; every rank must be starting for this to return."""
+        from runtime.engine import Engine  # torch and DeepSpeed, which the process that loops does without
+
+        self.engine = Engine(spec, self.rank)
+
+    def call(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call a method of the engine."""
+        return getattr(self.engine, method)(*args, **kwargs)
+
+
+class RayGroup:
+    """All ranks of one step, as Ray actors that live as long as the process that made them."""
+
+    def __init__(self, spec: EngineSpec, *, name: str, config: ClusterConfig) -> None:
+        options = {"num_cpus": config.cpus_per_rank, "num_gpus": config.gpus_per_rank, "max_restarts": 0}
+        self._actors = [_Rank.options(name=f"{name}/rank-{i}-{os.getpid()}", **options).remote(i) for i in range(spec.ranks)]
+        spec.rendezvous = "tcp://" + ray.get(self._actors[0].address.remote(), timeout=RANK_TIMEOUT_S)
+        ray.get([actor.start.remote(spec) for actor in self._actors], timeout=RANK_TIMEOUT_S)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self._actors)
+
+    def call(self, method: str, shares: Sequence[tuple] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a method of every rank's engine at once; `shares` holds each rank's own positional arguments."""
+        shares = shares if shares is not None else [()] * self.ranks
+        pending = [actor.call.remote(method, args, kwargs) for actor, args in zip(self._actors, shares, strict=True)]
+        return ray.get(pending, timeout=RANK_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Close the engines and end the ranks' processes."""
+        self.call("close")
+        for actor in self._actors:
+            ray.kill(actor)

@@ -1,0 +1,62 @@
+"""What travels to the ranks: how they come up, and which loss they compute. Knows no torch, so that loops stay light."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from domains.config import SandboxConfig
+from runtime.config import OptimizerConfig
+from runtime.step import DomainSetup
+
+
+@dataclass(kw_only=True)
+class EngineSpec:
+    """What a rank needs to know to come up.
+
+    Attributes:
+        model: directory with `config.json`, weights and tokenizer to start from.
+        optimizer: how it trains.
+        deepspeed: DeepSpeed's own keys.
+        threads: intra-op threads of this rank.
+        frozen: name to directory of the models that losses compare with.
+        domains: whose prompts this rank may be asked to answer.
+        sandbox: limits of the domains' environments.
+        ranks: number of ranks.
+        rendezvous: `tcp://host:port` or `file://path` where the ranks meet.
+    """
+
+    model: str
+    optimizer: OptimizerConfig
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    threads: int = 1
+    frozen: dict[str, str] = field(default_factory=dict)
+    domains: dict[str, DomainSetup] = field(default_factory=dict)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    ranks: int = 1
+    rendezvous: str = ""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name, so that the process that loops need not import torch.
+
+    Attributes:
+        target: `module:function`; the function takes (`runtime.objective.Rows`, head weight [V, D], **options) and returns
+            (sum [] fp32, metrics: name to summed [] tensor).
+        options: keyword arguments of the function.
+        balance_weight: weight of the routers' balance loss.
+        mtp_weight: weight of the MTP block's cross-entropy.
+    """
+
+    target: str
+    options: dict[str, Any] = field(default_factory=dict)
+    balance_weight: float = 0.0
+    mtp_weight: float = 0.0
+
+    def resolve(self) -> Callable[..., Any]:
+        """Import the function."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(module), name)
