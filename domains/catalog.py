@@ -1,0 +1,35 @@
+"""The one place that turns a domain's configuration into a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from domains.config import DomainConfig, SandboxConfig
+from domains.math import MathDomain
+from domains.math_tasks import MathTasks
+from domains.types import Domain, TaskSource
+
+KINDS = ("math", "code", "agent")
+PROCEDURAL = "procedural"
+
+
+def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Domain:
+    """Build the domain `name` as its configuration says; code and agent probe the sandbox at once.
+
+    Raises:
+        ValueError: an unknown kind, difficulty or source.
+        SandboxUnavailable: the domain runs what a model wrote, and this machine has no safe way to do so.
+    """
+    kinds: dict[str, Callable[[], Domain]] = {
+        "math": lambda: MathDomain(name, _source(name, config)),
+    }
+    if config.kind not in kinds:
+        raise ValueError(f"domain {name}: kind: got {config.kind!r}, expected one of {sorted(kinds)}")
+    return kinds[config.kind]()
+
+
+def _source(name: str, config: DomainConfig) -> TaskSource:
+    if config.source != PROCEDURAL:
+        raise ValueError(f"domain {name}: source: got {config.source!r}, expected {PROCEDURAL!r}")
+    tasks = {"math": MathTasks}
+    return tasks[config.kind](name, difficulty=config.difficulty, diligence=config.diligence)
