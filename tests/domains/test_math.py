@@ -6,13 +6,13 @@ from collections import Counter
 from random import Random
 
 import pytest
-from domains.sandbox.grader import GraderFailure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domains.catalog import make_domain
 from domains.config import DomainConfig, SandboxConfig
 from domains.procedural import draw_tasks, is_careful, split_of
+from domains.sandbox.grader import GraderFailure
 from domains.types import Prompt, Sample
 
 
