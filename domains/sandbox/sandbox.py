@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from typing import Any
 from domains.config import SandboxConfig
 from domains.sandbox.cell import MEMORY_EXIT, Cell, Limits, Recipe
 from domains.sandbox.probe import INSTALL_HINT, SandboxUnavailable, doctor, recipe_for, unsafe_recipe
+from domains.sandbox.spawner import start_from_lasting_thread
 
 __all__ = ["INSTALL_HINT", "Completed", "Sandbox", "SandboxUnavailable", "Session", "SessionLost", "doctor"]
 
@@ -123,8 +122,7 @@ class Session:
         self._lock = threading.Lock()
         self._lost = ""
         try:
-            # The kernel kills the cell when the *thread* that started it ends, so a thread that stays starts it.
-            self._cell = _spawner().submit(Cell, recipe, _encode(program), limits).result()
+            self._cell = start_from_lasting_thread(lambda: Cell(recipe, _encode(program), limits))
         except OSError as error:
             raise SessionLost(f"session could not start: {error}") from error
         reason = self._cell.pump(0.0, until=lambda: self._cell.started)
@@ -242,15 +240,3 @@ def _ms_since(begun: float) -> float:
 
 def _tail(cell: Cell) -> str:
     return cell.stderr.decode(errors="replace").strip()[-300:]
-
-
-_SPAWNERS: dict[int, concurrent.futures.ThreadPoolExecutor] = {}
-_SPAWNERS_LOCK = threading.Lock()
-
-
-def _spawner() -> concurrent.futures.ThreadPoolExecutor:
-    """Give the one thread of this process that starts sessions; a forked child makes its own."""
-    with _SPAWNERS_LOCK:
-        if os.getpid() not in _SPAWNERS:
-            _SPAWNERS[os.getpid()] = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-spawner")
-        return _SPAWNERS[os.getpid()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import struct
 
@@ -82,6 +83,45 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
 }
 """Refused with EPERM: name -> number on (x86_64, aarch64), None where the machine lacks it. Source: asm/unistd.h."""
 
+DENIED_TO_SCORERS: dict[str, tuple[int | None, int | None]] = {
+    # A scorer runs as the trainer's user and outside of bubblewrap: it computes, and touches nothing.
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "fork": (57, None),
+    "vfork": (58, None),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "prlimit64": (302, 261),
+    "creat": (85, None),
+    "truncate": (76, 45),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "rmdir": (84, None),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+}
+"""Refused with EPERM to a scorer besides `DENIED`; opening a file for writing is refused too."""
+
+_OPEN, _OPENAT, _OPENAT2 = (2, None), (257, 56), (437, 437)
+_OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CLONE, _CLONE3, _IOCTL, _PRCTL = (56, 220), (435, 435), (16, 29), (157, 167)
 _CLONE_NEW_FLAGS = 0x7E020000
 """CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET. Source: linux/sched.h."""
@@ -92,12 +132,12 @@ _PR_SET_PDEATHSIG = 1
 _X32_BIT = 0x40000000
 
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
+_NUMBER, _ARCH, _ARG0, _ARG1, _ARG2 = 0, 4, 16, 24, 32
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
 
 
-def filter_program(machine: str | None = None) -> bytes:
+def filter_program(machine: str | None = None, *, for_scorer: bool = False) -> bytes:
     """Assemble the filter for a machine: kill foreign architectures, refuse `DENIED`, allow the rest.
 
     `clone` may not make namespaces; `clone3` answers ENOSYS because a filter cannot read its struct (libc falls back to
@@ -105,6 +145,7 @@ def filter_program(machine: str | None = None) -> bytes:
 
     Args:
         machine: `x86_64` or `aarch64`; None takes this machine's.
+        for_scorer: refuse `DENIED_TO_SCORERS` and writing to files too.
 
     Returns:
         An array of `struct sock_filter`, what `bwrap --seccomp` reads.
@@ -121,10 +162,16 @@ def filter_program(machine: str | None = None) -> bytes:
     code = [_step(_LOAD, _ARCH), _step(_JUMP_EQ, AUDIT_ARCH[machine], skip_if_true=1), _step(_RETURN, _KILL), _step(_LOAD, _NUMBER)]
     if machine == "x86_64":
         code += [_step(_JUMP_GE, _X32_BIT, skip_if_false=1), _step(_RETURN, _EPERM)]
-    for numbers in DENIED.values():
+    for numbers in (DENIED | DENIED_TO_SCORERS if for_scorer else DENIED).values():
         number = numbers[column]
         if number is not None:
             code += [_step(_JUMP_EQ, number, skip_if_false=1), _step(_RETURN, _EPERM)]
+    if for_scorer:
+        code += [_step(_JUMP_EQ, _OPENAT2[column], skip_if_false=1), _step(_RETURN, _ENOSYS)]
+        for numbers, argument in ((_OPEN, _ARG1), (_OPENAT, _ARG2)):
+            number = numbers[column]
+            if number is not None:
+                code += _argument_rule(number, argument, [_step(_JUMP_SET, _OPEN_TO_WRITE, skip_if_false=1)])
     code += [_step(_JUMP_EQ, _CLONE3[column], skip_if_false=1), _step(_RETURN, _ENOSYS)]
     code += _argument_rule(_CLONE[column], _ARG0, [_step(_JUMP_SET, _CLONE_NEW_FLAGS, skip_if_false=1)])
     code += _argument_rule(_IOCTL[column], _ARG1, [_step(_JUMP_EQ, request, skip_if_false=1) for request in _TERMINAL_INJECTION])
