@@ -86,6 +86,9 @@ class TaskSource(Protocol):
     def documents(self, count: int, *, seed: int) -> list[str]:
         """See `Domain.documents`."""
 
+    def boilerplate(self) -> list[str]:
+        """Constant strings of its prompts (tool schemas), which a tokenizer trained here may keep whole."""
+
     def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
         """See `Domain.prompts`."""
 
@@ -118,6 +121,9 @@ class Domain(Protocol):
 
     def documents(self, count: int, *, seed: int) -> list[str]:
         """Raw text of the domain for pre-training: no chat, no task of either split."""
+
+    def boilerplate(self) -> list[str]:
+        """Constant strings of its prompts (tool schemas), which a tokenizer trained here may keep whole."""
 
     def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
         """The first `count` prompts of split `train` or `heldout`; a longer call extends a shorter one."""

@@ -133,4 +133,3 @@ class HybridOptimizer(torch.optim.Optimizer):
             scale = math.sqrt(1 - beta2**steps) / (1 - beta1**steps)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(self.config.eps), value=-group["lr"] * scale)
-

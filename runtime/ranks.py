@@ -16,7 +16,12 @@ from runtime.trainer import Trainer
 
 @contextmanager
 def running_ranks(
-    context: StepContext, *, model: Path, optimizer: OptimizerConfig, domains: Mapping[str, DomainSetup], frozen: Mapping[str, Path] | None = None
+    context: StepContext,
+    *,
+    model: Path,
+    optimizer: OptimizerConfig,
+    domains: Mapping[str, DomainSetup],
+    frozen: Mapping[str, Path] | None = None,
 ) -> Iterator[tuple[Trainer, Rollout]]:
     """Start the ranks that a step asks for and hand out both handles on them.
 

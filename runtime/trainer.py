@@ -85,9 +85,7 @@ class Trainer:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Commit a checkpoint of `step` optimizer steps done, with the loop's own state."""
         everyone = self.group.ranks
-        checkpoint.commit(
-            self.checkpoints, step, write=lambda d: _ignore(self.group.call("save", [(str(d),)] * everyone)), state=state
-        )
+        checkpoint.commit(self.checkpoints, step, write=lambda d: _ignore(self.group.call("save", [(str(d),)] * everyone)), state=state)
 
     def resume(self) -> dict[str, Any]:
         """Load the newest valid checkpoint; returns its loop state, `{"step": 0}` where there is none."""

@@ -128,7 +128,9 @@ class Generator:
         while True:
             draws = None
             if sampling.temperature > 0:
-                draws = torch.tensor([r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=hidden.device)
+                draws = torch.tensor(
+                    [r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=hidden.device
+                )
             chosen, logprobs = choose(self.model.head(hidden), draws, sampling.temperature)
             ended = [
                 row
