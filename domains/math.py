@@ -40,6 +40,10 @@ class MathDomain:
         """Return raw text for pre-training."""
         return self._source.documents(count, seed=seed)
 
+    def boilerplate(self) -> list[str]:
+        """Return nothing: all of a math conversation is to be learned."""
+        return []
+
     def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
         """Return the first `count` prompts of a split; `truth` holds `answer`."""
         return self._source.prompts(split, count, seed=seed)

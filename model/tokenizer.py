@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from model import encoding
 from model.encoding import BOS, EOS, SPECIAL_TOKENS
 
 FILE_NAME = "tokenizer.json"
@@ -20,7 +21,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids run from 0 to this, exclusive.
-        bos_id, eos_id: the begin and the end of sentence; EOS is also the padding.
+        bos, eos: ids of the begin and the end of sentence; EOS is also the padding.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -31,8 +32,8 @@ class Tokenizer:
         """
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self.token_id(BOS)
-        self.eos_id = self.token_id(EOS)
+        self.bos = self.token_id(BOS)
+        self.eos = self.token_id(EOS)
         self._bytes = _token_bytes(backend, self.vocab_size)
 
     @classmethod
@@ -42,13 +43,13 @@ class Tokenizer:
         Args:
             texts: what the model will read; the same texts give the same tokenizer.
             vocab_size: at most this many tokens, special and boilerplate ones included.
-            boilerplate: constant strings that become one token each, such as the tools preamble and the schema lines, so that a laptop does
-                not spend its time on text that is the same in every sequence.
+            boilerplate: constant strings that become one token each beside the encoding's own (tools preamble, call syntax), such as a
+                domain's schema lines: a laptop does not spend its time on text that is the same in every sequence.
 
         Raises:
             ValueError: no room for the 256 bytes and the fixed tokens.
         """
-        fixed = list(dict.fromkeys([*SPECIAL_TOKENS, *boilerplate]))
+        fixed = list(dict.fromkeys([*SPECIAL_TOKENS, *encoding.boilerplate(), *boilerplate]))
         if vocab_size < len(fixed) + 256:
             raise ValueError(
                 f"vocab_size: got {vocab_size}, expected at least {len(fixed) + 256} (256 bytes and {len(fixed)} fixed tokens)"

@@ -8,12 +8,13 @@ from model.encoding import BOS, EOS, SPECIAL_TOKENS, boilerplate, encode_message
 from model.tokenizer import Tokenizer
 
 TEXTS = [f"Ada has {a} coins and finds {b}. {a}+{b}={a + b}. The answer is \\boxed{{{a + b}}}." for a in range(30) for b in range(10)]
+SCHEMA = '{"name": "find", "parameters": {}}'
 SYSTEM = {"role": "system", "content": "Shop.", "tools": [{"name": "find", "parameters": {}}]}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(TEXTS, 400, boilerplate=boilerplate())
+    return Tokenizer.train(TEXTS, 400, boilerplate=[SCHEMA])
 
 
 @settings(max_examples=300, deadline=None)
@@ -26,7 +27,7 @@ def test_any_text_survives(tokenizer, text):
 
 
 def test_special_tokens_are_single_and_first(tokenizer):
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1) == (tokenizer.token_id(BOS), tokenizer.token_id(EOS))
+    assert (tokenizer.bos, tokenizer.eos) == (0, 1) == (tokenizer.token_id(BOS), tokenizer.token_id(EOS))
     assert [tokenizer.encode(token) for token in SPECIAL_TOKENS] == [[id] for id in range(len(SPECIAL_TOKENS))]
 
 
@@ -34,8 +35,8 @@ def test_boilerplate_is_one_token_each(tokenizer):
     text = encode_messages([SYSTEM, {"role": "user", "content": "x"}], "thinking")
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(tokenizer.encode(piece) == [tokenizer.token_id(piece)] for piece in boilerplate())
-    assert len(ids) < 50
+    assert all(tokenizer.encode(piece) == [tokenizer.token_id(piece)] for piece in [*boilerplate(), SCHEMA])
+    assert len(ids) < 20
 
 
 def test_digits_stay_single(tokenizer):
@@ -52,8 +53,8 @@ def test_save_and_load(tokenizer, tmp_path):
 
 
 def test_training_is_deterministic_and_the_digest_tells_others_apart(tokenizer):
-    assert Tokenizer.train(TEXTS, 400, boilerplate=boilerplate()).digest() == tokenizer.digest()
-    assert Tokenizer.train(TEXTS[:50], 305, boilerplate=boilerplate()).digest() != tokenizer.digest()
+    assert Tokenizer.train(TEXTS, 400, boilerplate=[SCHEMA]).digest() == tokenizer.digest()
+    assert Tokenizer.train(TEXTS[:50], 305, boilerplate=[SCHEMA]).digest() != tokenizer.digest()
 
 
 def test_too_small_a_vocabulary_is_refused():
