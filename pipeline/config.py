@@ -128,15 +128,13 @@ def _domain_problems(name: str, specialist: SpecialistConfig, config: RunConfig)
     if sampling.max_turns > 1 and domain.kind != "agent":
         found.append(f"{prefix}.sampling.max_turns: got {sampling.max_turns}, expected 1 for kind {domain.kind}")
     if sampling.max_new_tokens > config.engine.row_tokens:
-        found.append(
-            f"{prefix}.sampling.max_new_tokens: got {sampling.max_new_tokens}, expected at most engine.row_tokens = {config.engine.row_tokens}"
-        )
+        got = f"{prefix}.sampling.max_new_tokens: got {sampling.max_new_tokens}"
+        found.append(f"{got}, expected at most engine.row_tokens = {config.engine.row_tokens}")
     if sampling.temperature == 0:
         found.append(f"{prefix}.sampling.temperature: got 0, expected above 0: greedy samples of one prompt are all alike")
     if specialist.grpo.samples_per_prompt < 2:
-        found.append(
-            f"{prefix}.grpo.samples_per_prompt: got {specialist.grpo.samples_per_prompt}, expected at least 2: the baseline is the group's mean"
-        )
+        got = f"{prefix}.grpo.samples_per_prompt: got {specialist.grpo.samples_per_prompt}"
+        found.append(f"{got}, expected at least 2: the baseline is the group's mean")
     return found
 
 
@@ -156,12 +154,24 @@ def _distill_problems(config: RunConfig) -> list[str]:
     return found
 
 
-_AT_LEAST: dict[str, float] = {
-    "steps": 1, "tokens_per_step": 1, "demonstrations": 1, "save_every": 1, "prompts_per_step": 1, "samples_per_prompt": 1, "train_prompts": 1,
-    "prompts": 1, "max_new_tokens": 1, "max_turns": 1, "row_tokens": 1, "ranks": 1, "cpus_per_rank": 1, "chunk_tokens": 1, "slots": 1, "memory_mib": 1,
-    "difficulty": 1, "warmup_steps": 0, "weight_decay": 0, "final_lr_ratio": 0, "gpus_per_rank": 0, "parallel_steps": 0, "temperature": 0,
-    "kl_weight": 0, "off_policy_mask_nats": 0, "balance_loss_weight": 0, "router_bias_speed": 0, "mtp_loss_weight": 0, "seed": 0, "dashboard_port": 0,
-}  # fmt: skip
+_AT_LEAST: dict[str, float] = dict.fromkeys(
+    ["steps", "tokens_per_step", "demonstrations", "save_every", "prompts_per_step", "samples_per_prompt", "train_prompts", "prompts"]
+    + ["max_new_tokens", "max_turns", "row_tokens", "ranks", "cpus_per_rank", "chunk_tokens", "slots", "memory_mib", "difficulty"],
+    1,
+) | dict.fromkeys(
+    [
+        "warmup_steps",
+        "weight_decay",
+        "final_lr_ratio",
+        "gpus_per_rank",
+        "parallel_steps",
+        "temperature",
+        "kl_weight",
+        "off_policy_mask_nats",
+    ]
+    + ["balance_loss_weight", "router_bias_speed", "mtp_loss_weight", "seed", "dashboard_port"],
+    0,
+)
 _ABOVE_ZERO = {"lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
 _SHARES = {"diligence", "infrastructure_limit", "momentum"}
 

@@ -80,7 +80,8 @@ def unknown_key(name: str, value: str, *, conf: Path, schema: DictConfig) -> str
     if near:
         return f"unknown key {name!r}, did you mean {'+' if near[0] == 'stage' else ''}{near[0]}={value}?"
     listed = sorted(siblings) or sorted({key.split(".")[0] for key in known})
-    return f"unknown key {name!r}. Valid{' under ' + parent if siblings and parent else ''}: {', '.join(listed)}. All keys: python -m pipeline run +stage=all --cfg job"
+    where = f" under {parent}" if siblings and parent else ""
+    return f"unknown key {name!r}. Valid{where}: {', '.join(listed)}. All keys: python -m pipeline run +stage=all --cfg job"
 
 
 def _is_about_a_key(text: str) -> bool:

@@ -111,7 +111,7 @@ class WandbSink:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Store the numbers of a nested summary, flat, and close the run."""
         self._run.summary.update(_flat("", summary))
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def open_wandb(tracking: TrackingConfig, *, run_dir: Path, group: str, step: str, values: Mapping[str, Any]) -> WandbSink | None:
