@@ -1,0 +1,36 @@
+"""Packing keeps every sample whole, once, in rows of one teacher, and deals them evenly."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.batch import PackedSample, pack, split
+
+
+def sample(length: int, number: int) -> PackedSample:
+    tokens = [number * 1000 + i for i in range(length)]
+    return PackedSample(tokens, [i > 0 and i % 2 == 1 for i in range(length)], {"value": tokens}, teacher="ab"[number % 2])
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(8, 64))
+def test_pack_keeps_every_sample_whole_once(lengths, row_tokens):
+    samples = [sample(length, number) for number, length in enumerate(lengths)]
+    rows = pack(samples, row_tokens=row_tokens)
+    found = []
+    for row in rows:
+        assert row.cu_seqlens[0] == 0 and row.cu_seqlens[-1] == len(row.tokens) == len(row.targets)
+        assert len(row.tokens) <= row_tokens or len(row.cu_seqlens) == 2
+        np.testing.assert_array_equal(row.fields["value"], row.tokens.astype(np.float32))
+        for begin, end in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
+            number = row.tokens[begin] // 1000
+            assert row.teacher == "ab"[number % 2] and not row.targets[begin]
+            found.append(tuple(row.tokens[begin:end]))
+    assert sorted(found) == sorted(tuple(s.tokens) for s in samples)
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 5))
+def test_split_gives_every_rank_as_many_rows_and_every_target_once(lengths, ranks):
+    rows = pack([sample(length, number) for number, length in enumerate(lengths)], row_tokens=48)
+    dealt = split(rows, ranks)
+    assert len({len(part) for part in dealt}) == 1
+    assert sum(row.target_count for part in dealt for row in part) == sum(row.target_count for row in rows)
