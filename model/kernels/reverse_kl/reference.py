@@ -13,7 +13,9 @@ class _ReverseKl(torch.autograd.Function):
     """The loss is a weighted sum, so its gradient is known up to one factor while the logits exist: one pass."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, head: Tensor, teacher: tuple[Tensor, Tensor], weights: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, student: Tensor, head: Tensor, teacher: tuple[Tensor, Tensor], weights: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         teacher_hidden, teacher_head = teacher
         needs_grad = any(ctx.needs_input_grad)
         kl = torch.empty(len(weights), dtype=torch.float32, device=student.device)  # [R]

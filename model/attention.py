@@ -1,0 +1,96 @@
+"""Attention of one layer: sliding window alone, with selected compressed entries (CSA), or with heavily compressed ones (HCA)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import FRONT, LayerCache, PrefillPlan, Step
+from model.compressor import Compressor
+from model.config import ModelConfig
+from model.indexer import RATIO, Indexer
+from model.kernels.sparse_attention.op import sparse_attention
+from model.layout import PackedRow
+from model.linear import GroupedLinear, linear
+from model.norm import RMSNorm, unit_norm
+from model.rope import rotate
+
+
+class Attention(nn.Module):
+    """Attend with H query heads to one key-value head, with a sink, rotating the output back by the query's position.
+
+    Attributes:
+        compressor: of layers with a compress ratio, indexer: of CSA layers; else None.
+        attn_sink: [H] logit of the sink.
+
+    Source: v4_spec 2.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ratio = config.compress_ratios[layer]
+        self.heads, self.width, self.eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        self.wq_a = linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.wq_b = linear(config.q_lora_rank, self.heads * self.width)
+        self.wkv = linear(config.hidden_size, self.width)
+        self.kv_norm = RMSNorm(self.width, self.eps)
+        self.wo_a = GroupedLinear(self.heads * self.width // config.o_groups, config.o_lora_rank, config.o_groups)
+        self.wo_b = linear(config.o_groups * config.o_lora_rank, config.hidden_size)
+        self.attn_sink = nn.Parameter(torch.zeros(self.heads))
+        self.compressor = Compressor(config, self.ratio, self.width) if self.ratio else None
+        self.indexer = Indexer(config) if self.ratio == RATIO else None
+
+    def forward(self, x: Tensor, row: PackedRow, cache: LayerCache | None = None, plan: PrefillPlan | None = None) -> Tensor:
+        """Attend within the samples of a packed row.
+
+        Args:
+            x: [T, D] normalised input.
+            row: layout.
+            cache, plan: where a prefill leaves the keys; both or neither.
+
+        Returns:
+            [T, D].
+        """
+        turns = row.turns[bool(self.ratio)]
+        latent, q, kv = self._project(x, turns)
+        if cache is not None and plan is not None:
+            plan.put_window(cache.keys, kv)
+        entries = indices = None
+        if self.compressor is not None:
+            entries = self.compressor(x, row, *((cache.compressor, plan) if cache is not None else ()))
+            if cache is not None and plan is not None:
+                plan.put_entries(cache.keys, entries, self.ratio, offset=FRONT + row.window)
+        if self.indexer is not None:
+            indices = self.indexer(x, latent, row, cache, plan)
+        out = sparse_attention(q, kv, entries, indices, self.attn_sink, row=row, ratio=self.ratio)
+        return self._output(out, turns)
+
+    def decode(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """Attend from one new token a row, [B, D] to [B, D], and put it in the cache."""
+        turns = step.turns[bool(self.ratio)]
+        latent, q, kv = self._project(x, turns)
+        cache.keys[step.rows, step.slot] = kv.to(cache.keys.dtype)
+        bias = step.biases[self.ratio]
+        if self.compressor is not None and cache.compressor is not None:
+            done = self.compressor.decode(x, step, cache.compressor)
+            if done is not None:
+                rows, entries = done
+                cache.keys[rows, FRONT + step.window + step.position[rows] // self.ratio] = entries.to(cache.keys.dtype)
+        if self.indexer is not None:
+            selected = self.indexer.decode(x, latent, step, cache)
+            bias = bias if selected is None else selected
+        keys = cache.keys[:, : step.keys(self.ratio)].float()
+        scores = torch.bmm(q.float() * self.width**-0.5, keys.mT).add_(bias)
+        scores[:, :, 0] = self.attn_sink
+        return self._output(torch.bmm(scores.softmax(-1), keys).to(x.dtype), turns)
+
+    def _project(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query latent [T, R], the queries [T, H, K] and the window key [T, K], rotated."""
+        latent = self.q_norm(self.wq_a(x))
+        q = unit_norm(self.wq_b(latent).view(len(x), self.heads, self.width), self.eps)
+        return latent, rotate(q, turns.unsqueeze(1)), rotate(self.kv_norm(self.wkv(x)), turns)
+
+    def _output(self, out: Tensor, turns: Tensor) -> Tensor:
+        """Rotate [T, H, K] back and project it to [T, D]."""
+        return self.wo_b(self.wo_a(rotate(out, turns.conj().resolve_conj().unsqueeze(1)).flatten(1)))

@@ -1,0 +1,203 @@
+"""State of batched decoding: window and compressed keys of every layer, rolling compressor states, one position a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.layout import PackedRow
+from model.rope import inverse_frequencies, rotations
+
+FRONT = 1
+"""Keys before the window in `LayerCache.keys`: a zero key whose score is overwritten by the sink's logit."""
+
+
+@dataclass
+class CompressorState:
+    """The tokens that the next compressed entry needs, in a ring: kv and gate [B, n, channels] fp32; n = 2m with overlap, else m."""
+
+    kv: Tensor
+    gate: Tensor
+
+
+@dataclass
+class LayerCache:
+    """One layer's state.
+
+    Attributes:
+        keys: [B, 1 + W + entries, K] zero key, window ring (slot = position mod W), compressed entries.
+        compressor: rolling state, None without a compressor.
+        index_keys: [B, entries, K'] of a CSA layer's indexer.
+        indexer: rolling state of the indexer's compressor.
+    """
+
+    keys: Tensor
+    compressor: CompressorState | None = None
+    index_keys: Tensor | None = None
+    indexer: CompressorState | None = None
+
+
+class Cache:
+    """Decoding state of `rows` sequences of at most `capacity` tokens each.
+
+    Attributes:
+        layers: one `LayerCache` a layer; MTP blocks have none.
+        positions: [B] int64, tokens that each row has seen.
+
+    Source: v4_spec 2.6.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, rows: int, capacity: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.config, self.capacity = config, capacity
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.layers = [
+            _layer_cache(config, r, rows=rows, capacity=capacity, device=device, dtype=dtype)
+            for r in config.compress_ratios[: config.num_hidden_layers]
+        ]
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the batch."""
+        return len(self.positions)
+
+    def select(self, index: Tensor) -> Cache:
+        """Return a cache whose row i is a copy of row `index[i]`: repeats a prompt's row for its samples, drops finished rows.
+
+        Args:
+            index: [B'] int64.
+        """
+        chosen = object.__new__(Cache)
+        chosen.config, chosen.capacity = self.config, self.capacity
+        chosen.positions = self.positions.index_select(0, index)
+        chosen.layers = [_select(layer, index) for layer in self.layers]
+        return chosen
+
+
+def _layer_cache(
+    config: ModelConfig, ratio: int, *, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+) -> LayerCache:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(rows, *shape, device=device, dtype=dtype)
+
+    def state(width: int) -> CompressorState:
+        shape = (rows, 2 * ratio, 2 * width) if ratio == 4 else (rows, ratio, width)
+        return CompressorState(torch.zeros(shape, device=device), torch.full(shape, float("-inf"), device=device))
+
+    entries = capacity // ratio if ratio else 0
+    layer = LayerCache(zeros(FRONT + config.sliding_window + entries, config.head_dim))
+    if ratio:
+        layer.compressor = state(config.head_dim)
+    if ratio == 4:
+        layer.index_keys, layer.indexer = zeros(entries, config.index_head_dim), state(config.index_head_dim)
+    return layer
+
+
+def _select(layer: LayerCache, index: Tensor) -> LayerCache:
+    def pick(value: Tensor | CompressorState | None) -> Tensor | CompressorState | None:
+        if isinstance(value, CompressorState):
+            return CompressorState(value.kv.index_select(0, index), value.gate.index_select(0, index))
+        return None if value is None else value.index_select(0, index)
+
+    return replace(layer, **{f.name: pick(getattr(layer, f.name)) for f in fields(layer)})
+
+
+class PrefillPlan:
+    """Where the tokens of a packed row go in a cache: sample i fills row i, which must be empty."""
+
+    def __init__(self, row: PackedRow, cache: Cache) -> None:
+        if len(row.lengths) != cache.rows:
+            raise ValueError(f"prefill: got {len(row.lengths)} sequences for {cache.rows} cache rows, expected one a row")
+        if int(row.lengths.max()) > cache.capacity:
+            raise ValueError(f"prefill: got a sequence of {int(row.lengths.max())} tokens, expected at most the capacity {cache.capacity}")
+        self.row = row
+        self.left = row.lengths[row.sample] - row.position
+        """[T] tokens from this one to its sample's end."""
+        self._tails: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def tail(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the last `count` tokens of every sample: token, cache row, ring slot, each [n]."""
+        if count not in self._tails:
+            token = (self.left <= count).nonzero().squeeze(1)
+            self._tails[count] = token, self.row.sample[token], self.row.position[token] % count
+        return self._tails[count]
+
+    def keep_tail(self, state: CompressorState, kv: Tensor, gate: Tensor) -> None:
+        """Leave the last tokens of every sample [T, channels] in a rolling state."""
+        token, rows, slot = self.tail(state.kv.shape[1])
+        state.kv[rows, slot], state.gate[rows, slot] = kv[token], gate[token]
+
+    def put_window(self, keys: Tensor, kv: Tensor) -> None:
+        """Leave the last window of every sample [T, K] in the ring of `keys`."""
+        token, rows, slot = self.tail(self.row.window)
+        keys[rows, FRONT + slot] = kv[token].to(keys.dtype)
+
+    def put_entries(self, keys: Tensor | None, entries: Tensor, ratio: int, *, offset: int = 0) -> None:
+        """Leave all compressed entries [C, K] in `keys`, from column `offset` on."""
+        assert keys is not None
+        layout = self.row.entries[ratio]
+        owner = self.row.sample[layout.tokens[:, 0]]
+        number = torch.arange(len(owner), device=owner.device) - layout.cu[owner]
+        keys[owner, offset + number] = entries.to(keys.dtype)
+
+
+class Step:
+    """What one decoding step needs in every layer, computed once: positions, rotations, visible keys, completed blocks.
+
+    Attributes:
+        position: [B] int64 of the token being decoded.
+        rows: [B] int64, 0 .. B - 1.
+        slot: [B] column of the token in `LayerCache.keys`.
+        turns: rotations [B, R / 2] by kind of layer, see `PackedRow.turns`.
+        completed: by ratio, rows [n] whose block the token completes, None when there is none.
+        entry_turns: by ratio, rotations [n, R / 2] of those entries.
+        longest: tokens of the longest row, this one included; most: by ratio, its entries.
+    """
+
+    def __init__(self, config: ModelConfig, positions: Tensor) -> None:
+        self.position, self.window = positions, config.sliding_window
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.slot = FRONT + positions % self.window
+        ratios = sorted({r for r in config.compress_ratios if r})
+        frequencies = {kind: inverse_frequencies(config, compressed=kind) for kind in (False, bool(ratios))}
+        self.turns = {kind: rotations(positions, f) for kind, f in frequencies.items()}
+        self.longest = int(positions.max()) + 1
+        self.most = {ratio: self.longest // ratio for ratio in ratios}
+        self.completed: dict[int, Tensor | None] = {}
+        self.entry_turns: dict[int, Tensor] = {}
+        for ratio in ratios:
+            rows = (positions % ratio == ratio - 1).nonzero().squeeze(1)
+            self.completed[ratio] = rows if len(rows) else None
+            if len(rows):
+                self.entry_turns[ratio] = rotations(positions[rows] + 1 - ratio, frequencies[True])
+        self.biases = {ratio: self._bias(ratio) for ratio in {0, *ratios}}
+
+    def keys(self, ratio: int) -> int:
+        """Count the key columns in use."""
+        return FRONT + self.window + (self.most[ratio] if ratio else 0)
+
+    def _bias(self, ratio: int) -> Tensor:
+        """Return [B, 1, keys] fp32: 0 where the row sees the key, -inf elsewhere."""
+        place = torch.arange(self.keys(ratio), device=self.position.device) - FRONT
+        seen = place <= self.position.clamp(max=self.window - 1).unsqueeze(1)
+        if ratio:
+            entry = place - self.window
+            seen = torch.where(entry >= 0, entry < ((self.position + 1) // ratio).unsqueeze(1), seen)
+        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")).unsqueeze(1)
+
+    def hide(self, scores: Tensor, ratio: int) -> Tensor:
+        """Put -inf where a row has no such entry yet; `scores` [B, most]."""
+        return scores + self.biases[ratio][:, 0, FRONT + self.window :]
+
+    def selected_bias(self, ratio: int, indices: Tensor) -> Tensor:
+        """Return the bias with only the selected entries [B, k] visible."""
+        bias = self.biases[ratio].clone()
+        begin = FRONT + self.window
+        chosen = torch.full((len(indices), self.most[ratio] + 1), float("-inf"), device=bias.device)
+        chosen.scatter_(1, torch.where(indices >= 0, indices, self.most[ratio]), 0.0)
+        bias[:, 0, begin:] = chosen[:, :-1]
+        return bias

@@ -1,0 +1,83 @@
+"""Pooling of token blocks into compressed entries: overlapping for CSA, disjoint for HCA, one entry at a time in decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import CompressorState, PrefillPlan, Step
+from model.config import ModelConfig
+from model.layout import PackedRow
+from model.linear import linear
+from model.norm import RMSNorm
+from model.rope import rotate
+
+
+class Compressor(nn.Module):
+    """Turn every m tokens of a sample into one entry of width K, a softmax-weighted mean per channel.
+
+    With m = 4 an entry also weighs the m tokens before its own: the first K channels of a token serve the next entry, the last K its own.
+
+    Attributes:
+        wkv, wgate: D -> c * K, c = 2 for m = 4, else 1.
+        ape: [m, c * K] added to the gate by the token's place in its block.
+        norm: of the pooled entry.
+
+    Source: v4_spec 2.2.
+    """
+
+    def __init__(self, config: ModelConfig, ratio: int, width: int) -> None:
+        super().__init__()
+        self.ratio, self.overlaps = ratio, ratio == 4
+        channels = width * (2 if self.overlaps else 1)
+        self.wkv = linear(config.hidden_size, channels)
+        self.wgate = linear(config.hidden_size, channels)
+        self.ape = nn.Parameter(torch.zeros(ratio, channels))
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, row: PackedRow, state: CompressorState | None = None, plan: PrefillPlan | None = None) -> Tensor:
+        """Compress a packed row [T, D] into its entries [C, K]; in a prefill, leave each sample's tail in `state`."""
+        entries = row.entries[self.ratio]
+        kv, gate = self.wkv(x).float(), self.wgate(x).float()
+        if state is not None and plan is not None:
+            plan.keep_tail(state, kv, gate + self.ape.float()[row.position % self.ratio])
+        picked = entries.tokens.flatten()
+        kv = kv.index_select(0, picked).view(*entries.tokens.shape, kv.shape[1])  # [C, m, c * K]
+        gate = gate.index_select(0, picked).view(*entries.tokens.shape, gate.shape[1]) + self.ape.float()
+        if self.overlaps:
+            kv, gate = _with_previous(kv, 0.0, entries.first), _with_previous(gate, float("-inf"), entries.first)
+        return rotate(self._pool(kv, gate).to(x.dtype), entries.turns)
+
+    def decode(self, x: Tensor, step: Step, state: CompressorState) -> tuple[Tensor, Tensor] | None:
+        """Take one token a row [B, D]; returns the rows [n] that completed a block and their entries [n, K], or None."""
+        kv, gate = self.wkv(x).float(), self.wgate(x).float() + self.ape.float()[step.position % self.ratio]
+        slot = step.position % state.kv.shape[1]
+        state.kv[step.rows, slot], state.gate[step.rows, slot] = kv, gate
+        rows = step.completed[self.ratio]
+        if rows is None:
+            return None
+        kv, gate = state.kv[rows], state.gate[rows]
+        if self.overlaps:
+            late = (slot[rows] >= self.ratio).view(-1, 1, 1)
+            kv, gate = _halves(kv, late, self.ratio), _halves(gate, late, self.ratio)
+        return rows, rotate(self._pool(kv, gate).to(x.dtype), step.entry_turns[self.ratio])
+
+    def _pool(self, kv: Tensor, gate: Tensor) -> Tensor:
+        return self.norm((gate.softmax(1) * kv).sum(1))
+
+
+def _with_previous(blocks: Tensor, fill: float, first: Tensor) -> Tensor:
+    """Put the previous block's first channels before each block's last channels: [C, m, 2K] to [C, 2m, K]."""
+    width = blocks.shape[2] // 2
+    previous = torch.cat([blocks.new_full((1, blocks.shape[1], width), fill), blocks[:-1, :, :width]])[: len(blocks)]
+    previous = previous.masked_fill(first.view(-1, 1, 1), fill)
+    return torch.cat([previous, blocks[:, :, width:]], 1)
+
+
+def _halves(ring: Tensor, late: Tensor, ratio: int) -> Tensor:
+    """Order a ring of two blocks as previous, current: [n, 2m, 2K] to [n, 2m, K]; `late` says the current block is the second."""
+    width = ring.shape[2] // 2
+    early_block, late_block = ring[:, :ratio], ring[:, ratio:]
+    previous = torch.where(late, early_block, late_block)[:, :, :width]
+    current = torch.where(late, late_block, early_block)[:, :, width:]
+    return torch.cat([previous, current], 1)

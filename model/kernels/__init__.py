@@ -1,0 +1,1 @@
+"""Operations that have a definition in plain torch and, where it pays, a faster implementation."""

@@ -1,0 +1,1 @@
+"""The routed experts' feed-forward networks, each on its own tokens."""

@@ -1,0 +1,1 @@
+"""Choose the compressed entries that each query attends to."""

@@ -1,0 +1,1 @@
+"""Alternate normalisation of the rows and columns of many small matrices."""

@@ -1,0 +1,136 @@
+"""Sparse attention on a CPU: query blocks against one contiguous block of keys each, so that all arithmetic is matrix products.
+
+A block of queries shares its keys: the tokens its windows reach, the compressed entries of the samples it touches, and a zero
+key for the sink, whose score column is overwritten by the sink's logit and which contributes nothing to the values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.layout import PackedRow
+
+CHUNK = 1 << 24
+"""Scores computed at a time; bounds the memory of a long row (64 MiB in fp32)."""
+
+
+class _Inputs(NamedTuple):
+    q: Tensor
+    kv: Tensor
+    ckv: Tensor | None
+    sink: Tensor
+    indices: Tensor | None
+    row: PackedRow
+    ratio: int
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Split the query blocks so that one chunk has at most `CHUNK` scores."""
+        a_block = self.q.shape[1] * self.row.block * self.row.keys(self.ratio)
+        step = max(1, CHUNK // a_block)
+        return [(first, min(first + step, self.row.blocks)) for first in range(0, self.row.blocks, step)]
+
+    def queries(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Lay out [T, H, K] rows of the blocks as [n, H * block, K] fp32."""
+        low, high = first * self.row.block, min(last * self.row.block, self.row.length)
+        part = x[low:high].float()
+        if missing := last * self.row.block - high:
+            part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+        part = part.view(last - first, self.row.block, *part.shape[1:])
+        return part.transpose(1, 2).reshape(last - first, -1, x.shape[2])
+
+    def keys(self, first: int, last: int) -> Tensor:
+        """Gather the keys of the blocks, [n, keys, K] fp32."""
+        row, width = self.row, self.kv.shape[1]
+        low, high = first * row.block - row.reach, last * row.block
+        stream = self.kv[max(low, 0) : min(high, row.length)].float()
+        stream = torch.cat([stream.new_zeros(max(-low, 0), width), stream, stream.new_zeros(max(high - row.length, 0), width)])
+        out = stream.new_zeros(last - first, row.keys(self.ratio), width)
+        span = row.reach + row.block
+        out[:, :span] = stream.as_strided((last - first, span, width), (row.block * width, width, 1))
+        if self.ckv is not None and len(self.ckv):
+            rows = row.entry_rows(self.ratio, first, last)
+            out[:, span : span + rows.shape[1]] = self.ckv.float().index_select(0, rows.flatten()).view(*rows.shape, width)
+        return out
+
+    def probabilities(self, q: Tensor, keys: Tensor, first: int, last: int) -> Tensor:
+        """Softmax the scores of the blocks over keys and sink, [n, H * block, keys] fp32."""
+        row, heads = self.row, self.q.shape[1]
+        if self.indices is None:
+            bias = row.bias(self.ratio, first, last)
+        else:
+            bias = row.selected_bias(self.ratio, self.indices, first=first, last=last)
+        scores = torch.bmm(q, keys.mT).unflatten(1, (heads, row.block))
+        scores.add_(bias.unsqueeze(1).to(scores.dtype))
+        column = row.reach + row.block + (row.entries[self.ratio].width if self.ratio else 0)
+        scores[..., column] = self.sink.view(1, heads, 1)
+        return torch.softmax(scores, -1).flatten(1, 2)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Forward and backward of `op.sparse_attention`; the backward recomputes the probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, kv, ckv, sink, indices, row, ratio):
+        inputs = _Inputs(q, kv, ckv, sink, indices, row, ratio)
+        ctx.save_for_backward(q, kv, ckv, sink, indices)
+        ctx.row, ctx.ratio = row, ratio
+        out = torch.empty_like(q)
+        scale = q.shape[2] ** -0.5
+        for first, last in inputs.chunks():
+            keys = inputs.keys(first, last)
+            weights = inputs.probabilities(inputs.queries(q, first, last) * scale, keys, first, last)
+            _put(out, torch.bmm(weights, keys), row.block, first)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, kv, ckv, sink, indices = ctx.saved_tensors
+        row = ctx.row
+        inputs = _Inputs(q, kv, ckv, sink, indices, row, ctx.ratio)
+        scale = q.shape[2] ** -0.5
+        dq, dsink = torch.empty_like(q), torch.zeros_like(sink, dtype=torch.float32)
+        dstream = torch.zeros(
+            row.reach + row.blocks * row.block, kv.shape[1], device=kv.device, dtype=torch.promote_types(kv.dtype, torch.float32)
+        )
+        dckv = None if ckv is None else torch.zeros_like(ckv, dtype=dstream.dtype)
+        for first, last in inputs.chunks():
+            keys, queries = inputs.keys(first, last), inputs.queries(q, first, last) * scale
+            weights = inputs.probabilities(queries, keys, first, last)
+            dout = inputs.queries(grad, first, last)
+            dscores = torch._softmax_backward_data(torch.bmm(dout, keys.mT), weights, -1, weights.dtype)
+            _put(dq, torch.bmm(dscores, keys).mul_(scale), row.block, first)
+            dkeys = torch.bmm(weights.mT, dout).baddbmm_(dscores.mT, queries)
+            _scatter_keys(inputs, dkeys, dstream, dckv, first)
+            column = row.reach + row.block + (row.entries[ctx.ratio].width if ctx.ratio else 0)
+            dsink += dscores[..., column].view(last - first, len(sink), row.block).sum((0, 2))
+        dkv = dstream[row.reach : row.reach + row.length].to(kv.dtype)
+        return dq, dkv, None if dckv is None else dckv.to(ckv.dtype), dsink.to(sink.dtype), None, None, None
+
+
+def _put(out: Tensor, rows: Tensor, block: int, first: int) -> None:
+    """Write [n, H * block, K] back to the tokens of [T, H, K]."""
+    count, _, width = rows.shape
+    part = rows.view(count, out.shape[1], block, width).transpose(1, 2)
+    whole = min((len(out) - first * block) // block, count)
+    low = first * block
+    out[low : low + whole * block].view(whole, block, *out.shape[1:]).copy_(part[:whole])
+    if whole < count:
+        rest = len(out) - low - whole * block
+        out[low + whole * block :].copy_(part[whole, :rest])
+
+
+def _scatter_keys(inputs: _Inputs, dkeys: Tensor, dstream: Tensor, dckv: Tensor | None, first: int) -> None:
+    """Add the gradients of the gathered keys to the tokens and entries that they came from."""
+    row, count = inputs.row, len(dkeys)
+    blocks = dstream.view(-1, row.block, dstream.shape[1])
+    for piece in range(row.reach // row.block + 1):
+        blocks[first + piece : first + piece + count] += dkeys[:, piece * row.block : (piece + 1) * row.block]
+    if dckv is not None and len(dckv):
+        rows = row.entry_rows(inputs.ratio, first, first + count)
+        span = row.reach + row.block
+        dckv.index_add_(0, rows.flatten(), dkeys[:, span : span + rows.shape[1]].reshape(-1, dckv.shape[1]))

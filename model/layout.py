@@ -1,0 +1,174 @@
+"""Everything about one packed row that does not depend on the layer: samples, positions, query blocks, compressed entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.rope import inverse_frequencies, rotations
+
+QUERY_BLOCK = 64
+"""Queries that share one block of keys; small wastes arithmetic less, large wastes calls less (measured on a CPU)."""
+
+
+@dataclass
+class Entries:
+    """The compressed entries of a packed row for one compress ratio m; C entries over all samples, in order.
+
+    Attributes:
+        ratio: m, tokens an entry.
+        cu: [N + 1] int64, entries before each sample.
+        tokens: [C, m] int64, the tokens of each entry.
+        first: [C] bool, the entry is its sample's first.
+        turns: [C, R / 2] complex64, rotation at the entry's first token.
+        base: [T] int64, entries before the sample of each token.
+        visible: [T] int64, complete entries of its own sample that a token sees.
+        start: [blocks] int64, first entry that a query block may see.
+        width: most entries that a query block may see.
+        most: most entries of one sample.
+    """
+
+    ratio: int
+    cu: Tensor
+    tokens: Tensor
+    first: Tensor
+    turns: Tensor
+    base: Tensor
+    visible: Tensor
+    start: Tensor
+    width: int
+    most: int
+
+
+class PackedRow:
+    """The layout of one packed row of N samples and T tokens.
+
+    Attributes:
+        cu_seqlens: [N + 1] int64.
+        sample, position: [T] int64, which sample a token belongs to and where in it.
+        entries: compressed entries by compress ratio.
+        turns: rotations [T, R / 2] of sliding-window layers (False) and of layers that compress (True).
+        block, blocks: queries a block, and how many blocks cover the row; the last may be partly empty.
+    """
+
+    def __init__(self, config: ModelConfig, cu_seqlens: Tensor, length: int) -> None:
+        cu = cu_seqlens.to(torch.int64)
+        lengths = cu.diff()
+        if int(cu[0]) != 0 or int(cu[-1]) != length or bool((lengths <= 0).any()):
+            raise ValueError(
+                f"cu_seqlens: got {cu.tolist()[:8]}... for {length} tokens, expected an increasing list from 0 to the token count"
+            )
+        device = cu.device
+        self.cu_seqlens, self.length, self.lengths = cu, length, lengths
+        self.window = config.sliding_window
+        self.sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=length)
+        self.position = torch.arange(length, device=device) - cu[self.sample]
+        self.block = min(QUERY_BLOCK, -(-length // 8) * 8)
+        self.blocks = -(-length // self.block)
+        self.reach = -(-self.window // self.block) * self.block
+        """Keys before a query block that its window may reach, a whole number of blocks."""
+        ratios = sorted({r for r in config.compress_ratios if r})
+        frequencies = {kind: inverse_frequencies(config, compressed=kind) for kind in (False, True)}
+        self.turns = {kind: rotations(self.position, f) for kind, f in frequencies.items() if kind in (False, bool(ratios))}
+        self.entries = {ratio: self._entries(ratio, frequencies[True]) for ratio in ratios}
+        self._biases: dict[tuple[int, int, int], Tensor] = {}
+
+    def _entries(self, ratio: int, frequencies: Tensor) -> Entries:
+        device = self.cu_seqlens.device
+        counts = self.lengths // ratio
+        cu = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        total = int(cu[-1])
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=total)
+        number = torch.arange(total, device=device) - cu[owner]
+        tokens = (self.cu_seqlens[owner] + number * ratio).unsqueeze(1) + torch.arange(ratio, device=device)
+        ends = torch.arange(1, self.blocks + 1, device=device) * self.block
+        start = cu[self.sample[ends - self.block]]
+        stop = cu[self.sample[(ends - 1).clamp(max=self.length - 1)] + 1]
+        return Entries(
+            ratio=ratio,
+            cu=cu,
+            tokens=tokens,
+            first=number == 0,
+            turns=rotations(number * ratio, frequencies),
+            base=cu[self.sample],
+            visible=(self.position + 1) // ratio,
+            start=start,
+            width=int((stop - start).max()),
+            most=int(counts.max()),
+        )
+
+    def padded(self, x: Tensor, value: float = 0) -> Tensor:
+        """Extend `x` [T, ...] with rows of `value` to a whole number of query blocks, as [blocks, block, ...]."""
+        missing = self.blocks * self.block - self.length
+        if missing:
+            x = torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
+        return x.view(self.blocks, self.block, *x.shape[1:])
+
+    def keys(self, ratio: int) -> int:
+        """Count the key columns of a query block: window, compressed entries, the sink, and padding to a multiple of 8."""
+        width = self.entries[ratio].width if ratio else 0
+        return -(-(self.reach + self.block + width + 1) // 8) * 8
+
+    def bias(self, ratio: int, first: int, last: int) -> Tensor:
+        """Return what is added to the scores of query blocks [first, last) when every complete entry is visible.
+
+        Returns:
+            [last - first, block, keys] fp32, 0 where the query sees the key, -inf elsewhere and in the sink's column.
+        """
+        key = (ratio, first, last)
+        if key not in self._biases:
+            bias = self._make_bias(ratio, first, last)
+            if (first, last) != (0, self.blocks):
+                return bias
+            self._biases[key] = bias
+        return self._biases[key]
+
+    def _make_bias(self, ratio: int, first: int, last: int) -> Tensor:
+        device = self.cu_seqlens.device
+        bias = torch.full((last - first, self.block, self.keys(ratio)), float("-inf"), device=device)
+        query = torch.arange(first * self.block, last * self.block, device=device)
+        token = query.clamp(max=self.length - 1)
+        lowest = torch.maximum(query - self.window + 1, self.cu_seqlens[self.sample[token]]).view(-1, self.block, 1)
+        starts = torch.arange(first, last, device=device) * self.block - self.reach
+        key = starts.view(-1, 1, 1) + torch.arange(self.reach + self.block, device=device)
+        seen = (key >= lowest) & (key <= query.view(-1, self.block, 1))
+        bias[:, :, : self.reach + self.block].masked_fill_(seen, 0)
+        if ratio:
+            entries = self.entries[ratio]
+            low = entries.base[token].view(-1, self.block, 1)
+            high = low + entries.visible[token].view(-1, self.block, 1)
+            entry = entries.start[first:last].view(-1, 1, 1) + torch.arange(entries.width, device=device)
+            begin = self.reach + self.block
+            bias[:, :, begin : begin + entries.width].masked_fill_((entry >= low) & (entry < high), 0)
+        return bias
+
+    def selected_bias(self, ratio: int, indices: Tensor, *, first: int, last: int) -> Tensor:
+        """Return `bias` with only the selected compressed entries visible.
+
+        Args:
+            ratio: compress ratio of the layer.
+            indices: [T, k] int64 local entry numbers, -1 for none.
+            first, last: range of query blocks.
+
+        Returns:
+            [last - first, block, keys] fp32.
+        """
+        entries, begin = self.entries[ratio], self.reach + self.block
+        bias = self.bias(ratio, first, last).clone()
+        rows = self.padded(indices, -1)[first:last]
+        offset = self.padded(entries.base)[first:last] - entries.start[first:last].unsqueeze(1)
+        spare = entries.width
+        column = torch.where(rows >= 0, rows + offset.unsqueeze(-1), spare)
+        chosen = torch.full((*rows.shape[:2], spare + 1), float("-inf"), device=bias.device)
+        chosen.scatter_(2, column, 0.0)
+        bias[:, :, begin : begin + spare] = chosen[:, :, :spare]
+        return bias
+
+    def entry_rows(self, ratio: int, first: int, last: int) -> Tensor:
+        """Return the entries that query blocks [first, last) gather: [last - first, width] int64, clamped into range."""
+        entries = self.entries[ratio]
+        rows = entries.start[first:last].unsqueeze(1) + torch.arange(entries.width, device=entries.start.device)
+        return rows.clamp(max=max(len(entries.first) - 1, 0))

@@ -1,0 +1,136 @@
+"""Mixture of experts: a shared expert, and routed ones chosen by a learned score or by the token's id."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.kernels.experts.op import routed_experts, swiglu
+from model.layout import PackedRow
+from model.linear import linear
+
+_HASH_SEED = 20260424
+"""Seed of the hash tables of a model trained from scratch; ours, the release's recipe is unpublished."""
+
+
+class Gate(nn.Module):
+    """Choose the experts of each token and weigh them by the learned score.
+
+    s = sqrt(softplus(x W^T)); experts = the A highest of s + bias, or `tid2eid[token]`; weights = s / sum s * scaling.
+
+    Attributes:
+        weight: [E, D].
+        bias: [E] fp32 buffer of a scored layer, moved by `update_bias`, part of the choice only.
+        tid2eid: [V, A] int64 buffer of a hash layer.
+        load: [E] fp32, tokens that each expert got in training since the last update; not saved.
+
+    Source: v4_spec 4.
+    """
+
+    bias: Tensor | None
+    tid2eid: Tensor | None
+    load: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        experts, self.active = config.n_routed_experts, config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.scaling, self.normalises = config.routed_scaling_factor, config.norm_topk_prob
+        hashed = layer < config.num_hash_layers
+        self.register_buffer("bias", None if hashed else torch.zeros(experts))
+        self.register_buffer("tid2eid", _hash_table(config, layer) if hashed else None)
+        self.register_buffer("load", torch.zeros(experts), persistent=False)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route [T, D] tokens: experts [T, A] int64, weights [T, A] fp32, scores [T, E] fp32."""
+        scores = functional.softplus(x.float() @ self.weight.float().T).sqrt()
+        if self.tid2eid is not None:
+            indices = self.tid2eid[tokens]
+        else:
+            indices = torch.topk(scores + self.bias, self.active, dim=-1, sorted=False).indices
+        weights = scores.gather(1, indices)
+        if self.normalises:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.training and torch.is_grad_enabled():
+            self.load += torch.bincount(indices.flatten(), minlength=len(self.load))
+        return indices, weights * self.scaling, scores
+
+    def balance_loss(self, indices: Tensor, scores: Tensor, row: PackedRow) -> Tensor:
+        """Compute the sequence-wise balance loss, averaged over the row's samples by their tokens.
+
+        A sample of n tokens has sum_e f_e P_e, f_e = E / (A n) * #{t: e chosen}, P_e = mean_t s_te / sum_e s_te; zero in a hash layer.
+
+        Returns:
+            [] fp32, about 1 when balanced.
+
+        Source: DeepSeek-V3 report eq. 17-20.
+        """
+        if self.tid2eid is not None:
+            return scores.new_zeros(())
+        shares = scores / scores.sum(-1, keepdim=True)
+        count, experts = len(row.lengths), scores.shape[1]
+        chosen = torch.bincount((row.sample.unsqueeze(1) * experts + indices).flatten(), minlength=count * experts).view(count, experts)
+        total = scores.new_zeros(count, experts).index_add(0, row.sample, shares)
+        per_sample = (chosen * total).sum(-1) * (experts / self.active) / row.lengths  # n * sum_e f_e P_e
+        return per_sample.sum() / row.length
+
+    def update_bias(self, speed: float, load: Tensor) -> None:
+        """Lower the bias of overloaded experts and raise that of underloaded ones by `speed`; source: DeepSeek-V3 report 2.1.2."""
+        if self.bias is not None:
+            self.bias += speed * torch.sign(load.mean() - load)
+
+
+class Experts(nn.Module):
+    """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = nn.Parameter(torch.empty(experts, inner, width))
+        self.w2 = nn.Parameter(torch.empty(experts, width, inner))
+        self.w3 = nn.Parameter(torch.empty(experts, inner, width))
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Sum the chosen experts of [T, D] tokens."""
+        return routed_experts(x, indices, weights, (self.w1, self.w2, self.w3), limit=self.limit)
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token passes: w2(silu(min(w1 x, l)) * clamp(w3 x, -l, l))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = linear(config.hidden_size, config.moe_intermediate_size)
+        self.w2 = linear(config.moe_intermediate_size, config.hidden_size)
+        self.w3 = linear(config.hidden_size, config.moe_intermediate_size)
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [T, D] to [T, D]."""
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
+
+
+class MoE(nn.Module):
+    """The feed-forward sub-layer: shared expert plus routed experts."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.gate = Gate(config, layer)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x: Tensor, tokens: Tensor, row: PackedRow | None) -> tuple[Tensor, Tensor | None]:
+        """Map [T, D] tokens; the balance loss is computed where a packed row is given (not in decoding)."""
+        indices, weights, scores = self.gate(x, tokens)
+        out = self.experts(x, indices, weights) + self.shared_experts(x)
+        return out, None if row is None else self.gate.balance_loss(indices, scores, row)
+
+
+def _hash_table(config: ModelConfig, layer: int) -> Tensor:
+    """Draw distinct experts for every token id, [V, A] int64; the same for every model of this shape."""
+    generator = torch.Generator().manual_seed(_HASH_SEED + layer)
+    draws = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator)
+    return draws.topk(config.num_experts_per_tok, dim=-1).indices

@@ -1,0 +1,88 @@
+"""Interleaved rotary positions on the last dimensions of a head, with YaRN for layers that compress."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig, *, compressed: bool) -> Tensor:
+    """Return the angular frequencies of the rotated pairs.
+
+    f_i = theta^(-2i/R); a layer that compresses uses its own theta and the YaRN ramp between `beta_fast` and `beta_slow` turns.
+
+    Args:
+        config: gives the bases and the YaRN numbers.
+        compressed: True for layers with a compressor (CSA, HCA), False for sliding-window layers and MTP.
+
+    Returns:
+        [R / 2] fp32, radians a position, R = `qk_rope_head_dim`.
+
+    Source: released inference code, `precompute_freqs_cis`; YaRN paper eq. 17-23 without the attention temperature.
+    """
+    width = config.qk_rope_head_dim
+    base = config.compress_rope_theta if compressed else config.rope_theta
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    frequencies = 1.0 / base**exponents
+    if not compressed or config.rope_scaling.factor == 1.0:
+        return frequencies
+    yarn = config.rope_scaling
+
+    def pair_that_turns(turns: float) -> float:
+        return width * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
+    ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
+
+
+def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Return the unit complex numbers that rotate each pair at each position: [..., R / 2] complex64."""
+    angles = positions.float().unsqueeze(-1) * frequencies.to(positions.device)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the last 2R' dimensions of `x` pairwise, leaving the others as they are.
+
+    Args:
+        x: [..., K] any float dtype; pairs are adjacent, (2i, 2i + 1).
+        turns: [..., R'] complex, broadcast against the leading dimensions of `x`.
+
+    Returns:
+        [..., K] a new tensor in the dtype of `x`; the rotation itself in fp32.
+    """
+    return _Rotate.apply(x, turns)
+
+
+def _rotated(x: Tensor, turns: Tensor) -> Tensor:
+    width = 2 * turns.shape[-1]
+    out = x.clone(memory_format=torch.contiguous_format)
+    tail = out[..., -width:]
+    if x.dtype in (torch.float32, torch.float64) and width % 2 == 0 and x.shape[-1] % 2 == 0:
+        torch.view_as_complex(tail.unflatten(-1, (width // 2, 2))).mul_(turns)
+    else:
+        pairs = torch.view_as_complex(tail.float().unflatten(-1, (width // 2, 2)).contiguous())
+        tail.copy_(torch.view_as_real(pairs * turns).flatten(-2))
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Copy and rotate in place; the gradient is the inverse rotation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return _rotated(x, turns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        return _rotated(grad, turns.conj().resolve_conj()), None

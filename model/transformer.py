@@ -1,0 +1,176 @@
+"""The whole model: packed training rows, prefill, batched decoding, and the router's bias rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.block import Block
+from model.cache import Cache, PrefillPlan, Step
+from model.config import ModelConfig
+from model.hyper_connections import merge
+from model.layout import PackedRow
+from model.mtp import MTP
+from model.norm import RMSNorm
+
+HC_SCALE = 0.01
+"""Initial gating factor of the hyper-connections. Source: mHC paper, table 5."""
+
+
+class Hidden(NamedTuple):
+    """What a forward pass leaves.
+
+    Attributes:
+        last: [T, D] after the final merge and norm, what the head reads.
+        streams: [T, M, D] residual streams after the last block, what MTP reads.
+        balance_loss: [] fp32, sequence-wise, summed over the scored layers, without its weight.
+    """
+
+    last: Tensor
+    streams: Tensor
+    balance_loss: Tensor
+
+
+class Head(nn.Module):
+    """The output projection; `weight` [V, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden: Tensor, op: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Return fp32 logits [T, V] of `hidden` [T, D], or `op(hidden, weight)`: a chunked loss that needs the weight gathered around it."""
+        if op is not None:
+            return op(hidden, self.weight)
+        return functional.linear(hidden.float(), self.weight.float())
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V4 model with the parameter names of the release, except that routed experts are stacked.
+
+    Raises:
+        ValueError: the configuration contradicts itself; all problems at once.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        if found := config.problems():
+            raise ValueError("model config: " + "; ".join(found))
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Head(config)
+        self.hc_head_fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size))
+        self.hc_head_base = nn.Parameter(torch.zeros(config.hc_mult))
+        self.hc_head_scale = nn.Parameter(torch.empty(1))
+        self.mtp = nn.ModuleList(MTP(config, depth) for depth in range(config.num_nextn_predict_layers))
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Draw matrices from normal(0, initializer_range); norms are 1, biases, sinks and `ape` 0, gating factors `HC_SCALE`."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("_scale"):
+                parameter.fill_(HC_SCALE)
+            elif parameter.ndim >= 2 and not name.endswith("ape"):
+                parameter.normal_(0, self.config.initializer_range)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Hidden:
+        """Pass one packed row; no sample sees another.
+
+        Args:
+            tokens: [T] int64.
+            cu_seqlens: [N + 1] int32 or int64, from 0 to T.
+        """
+        streams, balance = self._streams(tokens, PackedRow(self.config, cu_seqlens, len(tokens)))
+        return Hidden(self._last(streams), streams, balance)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:
+        """Fill row i of an empty cache from sequence i of a packed row.
+
+        Returns:
+            [N, D] hidden state of each last token, what the head reads.
+
+        Raises:
+            ValueError: rows or lengths do not fit the cache.
+        """
+        row = PackedRow(self.config, cu_seqlens, len(tokens))
+        streams, _ = self._streams(tokens, row, cache, PrefillPlan(row, cache))
+        cache.positions.copy_(row.lengths)
+        return self._last(streams.index_select(0, row.cu_seqlens[1:] - 1))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Advance every row of the cache by one token.
+
+        Args:
+            tokens: [B] int64.
+            cache: rows may be at different positions.
+
+        Returns:
+            [B, D] hidden states, what the head reads.
+
+        Raises:
+            ValueError: a row is full, or there is not one token a row.
+        """
+        if len(tokens) != cache.rows:
+            raise ValueError(f"decode: got {len(tokens)} tokens, expected one for each of {cache.rows} cache rows")
+        step = Step(self.config, cache.positions)
+        if step.longest > cache.capacity:
+            raise ValueError(f"decode: got a row of {step.longest} tokens, expected at most the capacity {cache.capacity}")
+        streams = self._embed(tokens)
+        for block, layer_cache in zip(self.layers, cache.layers):
+            streams = block.decode(streams, tokens, step, layer_cache)  # type: ignore[operator]
+        cache.positions += 1
+        return self._last(streams)
+
+    def mtp_hidden(self, hidden: Hidden, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Return [T, D] hidden states of the MTP block: through the head they predict token t + 2.
+
+        The last token of each sample has no successor; what stands there is meaningless and no other token sees it.
+        """
+        row = PackedRow(self.config, cu_seqlens, len(tokens))
+        following = tokens.roll(-1)
+        return self.mtp[0](hidden.streams, self.embed(following), following, row)
+
+    def router_load(self) -> Tensor:
+        """Return the tokens each expert got in training since the last bias update: [L, E] fp32, layers first, then MTP blocks."""
+        return torch.stack([block.ffn.gate.load for block in self._blocks()])
+
+    @torch.no_grad()
+    def update_router_bias(self, speed: float, load: Tensor | None = None) -> None:
+        """Move the router biases of scored layers by the sign of their underload, then forget the loads.
+
+        Args:
+            speed: step of the bias.
+            load: [L, E] loads summed over ranks; None takes this rank's own.
+        """
+        for block, counts in zip(self._blocks(), self.router_load() if load is None else load):
+            block.ffn.gate.update_bias(speed, counts)
+            block.ffn.gate.load.zero_()
+
+    def _blocks(self) -> list[Block]:
+        return [*self.layers, *self.mtp]  # type: ignore[list-item]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Repeat the embedding on every stream, [T, M, D]."""
+        return self.embed(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _streams(
+        self, tokens: Tensor, row: PackedRow, cache: Cache | None = None, plan: PrefillPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
+        streams = self._embed(tokens)
+        balance = torch.zeros((), device=streams.device)
+        for layer, block in enumerate(self.layers):
+            streams, loss = block(streams, tokens, row, None if cache is None else cache.layers[layer], plan)
+            balance = balance + loss
+        return streams, balance
+
+    def _last(self, streams: Tensor) -> Tensor:
+        return self.norm(merge(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config=self.config))
