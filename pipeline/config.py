@@ -157,7 +157,7 @@ def _distill_problems(config: RunConfig) -> list[str]:
 _AT_LEAST: dict[str, float] = dict.fromkeys(
     ["steps", "tokens_per_step", "demonstrations", "save_every", "prompts_per_step", "samples_per_prompt", "train_prompts", "prompts"]
     + ["max_new_tokens", "max_turns", "row_tokens", "ranks", "cpus_per_rank", "chunk_tokens", "slots", "memory_mib", "difficulty"],
-    1,
+    1.0,
 ) | dict.fromkeys(
     [
         "warmup_steps",
@@ -170,7 +170,7 @@ _AT_LEAST: dict[str, float] = dict.fromkeys(
         "off_policy_mask_nats",
     ]
     + ["balance_loss_weight", "router_bias_speed", "mtp_loss_weight", "seed", "dashboard_port"],
-    0,
+    0.0,
 )
 _ABOVE_ZERO = {"lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
 _SHARES = {"diligence", "infrastructure_limit", "momentum"}

@@ -43,17 +43,17 @@ def plan(config: RunConfig) -> list[Planned]:
 
 def _planned(step: Step, store: Store) -> Planned:
     if found := store.find(step.name, step.key, thorough=False):
-        return Planned(step, "done", f"reuses {found.path}", found.manifest["elapsed_s"])
+        return Planned(step, "done", f"reuses {found.path.name}", found.manifest["elapsed_s"])
     near = store.nearest(step.name, step.recipe)
     elapsed_s = near[0].manifest["elapsed_s"] if near else None
     why = _apart(near[1]) if near else "never made"
     if near and not near[1]:
-        why = f"{near[0].path} is damaged"
+        why = f"{near[0].path.name} is damaged"
     workdir = store.workdir(step.name, step.key)
     if workdir.is_dir():
         state = read_progress(workdir)
         at = f" at {state['done']}/{state['total']}" + (f" ({state['note']})" if state["note"] else "") if state else ""
-        return Planned(step, f"resumable{at}", f"interrupted, goes on in {workdir}", elapsed_s)
+        return Planned(step, f"resumable{at}", f"interrupted, goes on in .work/{workdir.name}", elapsed_s)
     return Planned(step, "to do", why, elapsed_s)
 
 
@@ -77,6 +77,7 @@ def show(config: RunConfig) -> int:
             row.step.name, Text(row.state, style=style), duration(row.elapsed_s) if row.elapsed_s is not None else "?", Text(row.why)
         )
     console.print(table)
+    console.print(f"artifacts in {Path(config.output_dir) / 'artifacts'}", highlight=False, style="dim")
     done = sum(row.state == "done" for row in planned)
     console.print(f"{done} of {len(planned)} steps are done; {len(planned) - done} would run", highlight=False)
     return 0
