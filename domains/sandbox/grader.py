@@ -92,8 +92,9 @@ class GraderProcess:
 
     def _ready_child(self) -> _Child | GraderFailure:
         """Give the running child, or start one; a start that fails is tried once more."""
-        if self._child is not None:
+        if self._child is not None and self._child.is_idle():
             return self._child
+        self._stop()
         detail = ""
         for _ in range(2):
             try:
@@ -150,6 +151,10 @@ class _Child:
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, name)
         os.set_blocking(self._stdin.fileno(), False)
+
+    def is_idle(self) -> bool:
+        """Tell whether it lives and has nothing left to say, so that whatever comes next answers the next request."""
+        return self._process.poll() is None and not self._answer
 
     def ask(self, line: str, timeout_s: float) -> tuple[str, Any]:
         """Send one line and read one; returns (`done`, reply), or (`timeout` | `ended` | `damaged`, None)."""

@@ -125,6 +125,8 @@ _OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CLONE, _CLONE3, _IOCTL, _PRCTL = (56, 220), (435, 435), (16, 29), (157, 167)
 _CLONE_NEW_FLAGS = 0x7E020000
 """CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET. Source: linux/sched.h."""
+_CLONE_THREAD = 0x10000
+"""A `clone` without it makes a process. Source: linux/sched.h."""
 _TERMINAL_INJECTION = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX: type into somebody else's terminal. Source: asm/ioctls.h."""
 _PR_SET_PDEATHSIG = 1
@@ -145,7 +147,7 @@ def filter_program(machine: str | None = None, *, for_scorer: bool = False) -> b
 
     Args:
         machine: `x86_64` or `aarch64`; None takes this machine's.
-        for_scorer: refuse `DENIED_TO_SCORERS` and writing to files too.
+        for_scorer: refuse `DENIED_TO_SCORERS`, new processes and opening files for writing too.
 
     Returns:
         An array of `struct sock_filter`, what `bwrap --seccomp` reads.
@@ -167,6 +169,7 @@ def filter_program(machine: str | None = None, *, for_scorer: bool = False) -> b
         if number is not None:
             code += [_step(_JUMP_EQ, number, skip_if_false=1), _step(_RETURN, _EPERM)]
     if for_scorer:
+        code += _argument_rule(_CLONE[column], _ARG0, [_step(_JUMP_SET, _CLONE_THREAD, skip_if_true=1)])
         code += [_step(_JUMP_EQ, _OPENAT2[column], skip_if_false=1), _step(_RETURN, _ENOSYS)]
         for numbers, argument in ((_OPEN, _ARG1), (_OPENAT, _ARG2)):
             number = numbers[column]
@@ -184,7 +187,7 @@ def _step(opcode: int, operand: int, *, skip_if_true: int = 0, skip_if_false: in
 
 
 def _argument_rule(number: int, argument: int, tests: list[bytes]) -> list[bytes]:
-    """Refuse one system call where a test of the low 32 bits of one argument holds; else allow it."""
+    """Refuse one system call where a test of one argument's low 32 bits falls through; allow it where all skip."""
     body = [_step(_LOAD, argument)]
     for test in tests:
         body += [test, _step(_RETURN, _EPERM)]
