@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,12 +98,11 @@ def _layer_cache(
 
 
 def _select(layer: LayerCache, index: Tensor) -> LayerCache:
-    def pick(value: Tensor | CompressorState | None) -> Tensor | CompressorState | None:
-        if isinstance(value, CompressorState):
-            return CompressorState(value.kv.index_select(0, index), value.gate.index_select(0, index))
-        return None if value is None else value.index_select(0, index)
+    def rows(state: CompressorState | None) -> CompressorState | None:
+        return state and CompressorState(state.kv.index_select(0, index), state.gate.index_select(0, index))
 
-    return replace(layer, **{f.name: pick(getattr(layer, f.name)) for f in fields(layer)})
+    index_keys = None if layer.index_keys is None else layer.index_keys.index_select(0, index)
+    return LayerCache(layer.keys.index_select(0, index), rows(layer.compressor), index_keys, rows(layer.indexer))
 
 
 class PrefillPlan:

@@ -71,7 +71,11 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """List every contradiction among the fields, as `field: got, expected`; empty when the model can be built."""
-        found = []
+        found = [
+            f"{f.name}: got {v}, expected a positive number" for f in fields(self) if _must_be_positive(f.name, v := getattr(self, f.name))
+        ]
+        if found:
+            return found  # the checks below divide by these
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if len(self.compress_ratios) != layers:
             found.append(f"compress_ratios: got {len(self.compress_ratios)} entries, expected {layers} (one a layer, one an MTP layer)")
@@ -95,7 +99,6 @@ class ModelConfig:
             found.append(f"scoring_func: got {self.scoring_func!r}, expected 'sqrtsoftplus'")
         if self.model_type != "deepseek_v4":
             found.append(f"model_type: got {self.model_type!r}, expected 'deepseek_v4'")
-        found += [f"{f.name}: got {v}, expected a positive number" for f in fields(self) if _must_be_positive(f.name, v := getattr(self, f.name))]
         return found
 
     @classmethod
@@ -115,7 +118,11 @@ class ModelConfig:
         Raises:
             ValueError: the file's fields contradict each other; the message names file, field, value and expectation.
         """
-        config = cls.from_dict(json.loads(Path(path).read_text()))
+        try:
+            values = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: damaged: {error}") from error
+        config = cls.from_dict(values)
         if found := config.problems():
             raise ValueError(f"{path}: " + "; ".join(found))
         return config

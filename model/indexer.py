@@ -20,8 +20,8 @@ RATIO = 4
 class Indexer(nn.Module):
     """Select the `index_topk` entries of the highest index score.
 
-    I_ts = sum_h w_th ReLU(q_th . k_s), w = x W_w / sqrt(K H), k the indexer's own compressed entries. The choice is hard, so a language-model
-    loss has no gradient here: the parameters are frozen until a loss of their own trains them.
+    I_ts = sum_h w_th ReLU(q_th . k_s), w = x W_w / sqrt(K H), k the indexer's own compressed entries. The choice is hard, so a
+    language-model loss has no gradient here: the parameters are frozen until a loss of their own trains them.
 
     Attributes:
         wq_b: query latent -> H * K.

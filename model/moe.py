@@ -49,6 +49,7 @@ class Gate(nn.Module):
         if self.tid2eid is not None:
             indices = self.tid2eid[tokens]
         else:
+            assert self.bias is not None
             indices = torch.topk(scores + self.bias, self.active, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
         if self.normalises:

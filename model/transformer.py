@@ -43,7 +43,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden: Tensor, op: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Return fp32 logits [T, V] of `hidden` [T, D], or `op(hidden, weight)`: a chunked loss that needs the weight gathered around it."""
+        """Return fp32 logits [T, V] of `hidden` [T, D], or `op(hidden, weight)`: a chunked loss, the weight gathered around it."""
         if op is not None:
             return op(hidden, self.weight)
         return functional.linear(hidden.float(), self.weight.float())

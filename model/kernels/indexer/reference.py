@@ -7,6 +7,9 @@ from torch import Tensor
 
 from model.layout import PackedRow
 
+_LOWEST = -0x7F800001
+"""-inf as an integer in the order of the floats."""
+
 CHUNK = 1 << 24
 """Head scores computed at a time; bounds the memory of a long row."""
 
@@ -27,8 +30,7 @@ def top_entries(scores: Tensor, count: int) -> Tensor:
     place = torch.arange(width - 1, -1, -1, device=scores.device)
     key = torch.topk(ordered * width + place, count, dim=-1).values
     number = width - 1 - key.remainder(width)
-    lowest = torch.tensor(float("-inf")).view(torch.int32).item() ^ 0x7FFFFFFF
-    return torch.where(key.div(width, rounding_mode="floor") > lowest, number, -1)
+    return torch.where(key.div(width, rounding_mode="floor") > _LOWEST, number, -1)
 
 
 def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """Make M x M matrices nearly doubly stochastic.
 
-    softmax over rows (dim 1) + eps, a column step (dim 0), then `iterations - 1` times a row and a column step, each dividing by its sum + eps.
-    T is the last, contiguous dimension, so that every step is a handful of long vector operations.
+    softmax over rows (dim 1) + eps, a column step (dim 0), then `iterations - 1` times a row and a column step, each dividing by its
+    sum + eps. T is the last, contiguous dimension, so that every step is a handful of long vector operations.
 
     Args:
         logits: [M, M, T] fp32 or fp64.

@@ -20,7 +20,8 @@ def sparse_attention(
         q: [T, H, K] queries of the packed row.
         kv: [T, K] window keys, one head.
         ckv: [C, K] compressed entries of all samples in order, None without a compressor.
-        indices: [T, k] int64 selected entries, numbered within the sample, visible ones only, each at most once, -1 for none; None selects all.
+        indices: [T, k] int64 selected entries, numbered within the sample, visible ones only, each at most once, -1 for none; None
+            selects all.
         sink: [H] logits of the sink.
         row: layout, gives `cu_seqlens`, window and the entries' bounds.
         ratio: tokens a compressed entry, 0 without.
