@@ -15,6 +15,11 @@ from domains.sandbox.cell import Cell, Limits, Recipe
 
 INSTALL_HINT = "apt-get install bubblewrap"
 """The one command that brings the sandbox to a Debian-like machine (as root, or with sudo before it)."""
+_NAMESPACES_HINT = (
+    f"bubblewrap comes from: {INSTALL_HINT}. Where it is installed and refused, let users make namespaces "
+    "(sysctl kernel.unprivileged_userns_clone=1, or kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu), "
+    "or leave the container that forbids it."
+)
 BACKENDS = ("bwrap", "bwrap-clone-filter")
 """Safe backends, the safest first."""
 _TRUSTED_PATH = "/usr/bin:/bin:/usr/local/bin"
@@ -79,15 +84,18 @@ def recipe_for(backend: str) -> Recipe:
         if name in recipes:
             return recipes[name]
     tried = "; ".join(f"{name}: {why}" for name, why in failures.items())
+    remedy = _NAMESPACES_HINT if shutil.which("bwrap", path=_TRUSTED_PATH) else f"Install it with: {INSTALL_HINT}."
     raise SandboxUnavailable(
-        f"No safe sandbox for model-written code (sandbox.backend={backend}). Tried: {tried}. "
-        f"Install what is missing with: {INSTALL_HINT}. On a throw-away machine only, sandbox.allow_unsafe=true runs it unprotected."
+        f"No safe sandbox for model-written code (sandbox.backend={backend}). Tried: {tried}. {remedy} "
+        "On a throw-away machine only, sandbox.allow_unsafe=true runs it unprotected."
     )
 
 
 def unsafe_recipe() -> Recipe:
     """Build the recipe that isolates nothing but resource limits and, for root, the user."""
-    return Recipe(backend="unsafe", python=_interpreter() or sys.executable, bwrap="", drops_root=_drops_root())
+    python = _interpreter()
+    # An interpreter in a private home cannot be run by anybody else.
+    return Recipe(backend="unsafe", python=python or sys.executable, bwrap="", drops_root=bool(python) and _drops_root())
 
 
 @functools.cache

@@ -270,6 +270,16 @@ def test_without_a_safe_backend_it_refuses_and_says_what_to_install() -> None:
     assert doctor()["backend"] == ""
 
 
+def test_a_bubblewrap_that_may_not_make_namespaces_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = "echo 'bwrap: No permissions to create new namespace' >&2; exit 1"
+    monkeypatch.setattr(cell, "command", lambda *_, **__: ["/bin/sh", "-c", refusal])
+    monkeypatch.setattr(probe.shutil, "which", lambda *_, **__: "/usr/bin/true")
+    probe._probe.cache_clear()
+    with pytest.raises(SandboxUnavailable, match=r"No permissions to create new namespace.*unprivileged_userns_clone"):
+        Sandbox(SandboxConfig())
+    probe._probe.cache_clear()
+
+
 @pytest.mark.usefixtures("no_bwrap")
 def test_unsafe_runs_when_insisted_and_says_so_loudly(caplog: pytest.LogCaptureFixture) -> None:
     sandbox = Sandbox(SandboxConfig(allow_unsafe=True))
