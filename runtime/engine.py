@@ -61,9 +61,9 @@ class Engine:
 
     def forward_backward(self, batches: Sequence[Batch], loss: LossSpec, denominator: float) -> dict[str, float]:
         """Accumulate gradients of sum(loss) / denominator over all ranks' rows; returns this rank's metric sums."""
-        self.deepspeed.train()
         sums: dict[str, float] = {}
         for batch in batches:
+            self.deepspeed.train(batch.target_count > 0)  # a row that only keeps ranks in step must not count as the routers' load
             teacher = self.frozen[batch.teacher] if batch.teacher else None
             value = self.deepspeed(batch, loss, denominator, teacher)
             # DeepSpeed averages gradients over ranks; the loss is a share of a global mean, so the average is undone here.
@@ -83,7 +83,8 @@ class Engine:
             if self.spec.ranks > 1:
                 dist.all_reduce(load)
             self.model.update_router_bias(router_bias_speed, load)
-        return {"actor/grad_norm": float(self.deepspeed.get_global_grad_norm() or 0.0), "actor/lr": lr}
+        norm = self.deepspeed.get_global_grad_norm()  # ZeRO computes it; at stage 0 DeepSpeed clips without telling
+        return {"actor/lr": lr} | ({} if norm is None else {"actor/grad_norm": float(norm)})
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], model: str = "") -> list[Any]:

@@ -62,8 +62,9 @@ class ShardedLayout:
     def update(self, flat: Tensor, transform: Transform) -> Tensor:
         """Transform all matrices, each on one rank, and return this rank's shards [n] of the result."""
         ranks, rank = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
-        full = flat.new_empty(ranks, flat.numel())
-        dist.all_gather_into_tensor(full, flat.contiguous(), group=self.process_group)
+        gathered = flat.new_empty(ranks * flat.numel())
+        dist.all_gather_into_tensor(gathered, flat.contiguous(), group=self.process_group)
+        full = gathered.view(ranks, -1)
         starts = [0, *accumulate(self.shards)]
         mine = range(rank, len(self.shapes), ranks)
         whole = [full[:, starts[i] : starts[i + 1]].reshape(-1)[: prod(self.shapes[i])].view(self.shapes[i]) for i in mine]

@@ -1,0 +1,38 @@
+"""A model small enough that a whole training step takes milliseconds, with every kind of layer."""
+
+import pytest
+
+from experts.fresh import write_fresh_model
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A freshly initialised model and its tokenizer on disk."""
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        head_dim=16,
+        qk_rope_head_dim=8,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=16,
+        sliding_window=16,
+        compress_ratios=[0, 4, 128, 0],
+        index_n_heads=16,
+        index_head_dim=16,
+        index_topk=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        num_hash_layers=1,
+        hc_sinkhorn_iters=4,
+        initializer_range=0.1,
+    )
+    directory = tmp_path_factory.mktemp("model") / "fresh"
+    tokenizer = Tokenizer.train(["Ada has 3 coins, finds 4. 3+4=7."] * 5, 300, boilerplate=[])
+    write_fresh_model(directory, config, tokenizer, seed=0)
+    return directory

@@ -1,0 +1,37 @@
+"""One and two ranks, at every ZeRO stage, follow one loss curve with Muon stepping under DeepSpeed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+
+
+def curve(model_dir, tmp_path, *, ranks: int, stage: int) -> list[float]:
+    rendezvous = f"file://{tmp_path}/rendezvous-{ranks}-{stage}"
+    command = [sys.executable, str(PROGRAM), str(model_dir)]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(ranks), str(stage), rendezvous], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=180) for process in processes]
+    assert all(p.returncode == 0 for p in processes), outputs[0][1][-3000:]
+    parts = [json.loads(out.split("LOSSES ")[1]) for out, _ in outputs]
+    return [sum(losses) for losses in zip(*parts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(model_dir, tmp_path_factory):
+    return curve(model_dir, tmp_path_factory.mktemp("one"), ranks=1, stage=0)
+
+
+def test_the_curve_goes_down(one_rank):
+    assert one_rank[4] < one_rank[0] - 0.3 and one_rank[5] < one_rank[1] - 0.3
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)], ids=lambda v: str(v))
+def test_every_layout_gives_the_same_curve(model_dir, tmp_path, one_rank, ranks, stage):
+    assert curve(model_dir, tmp_path, ranks=ranks, stage=stage) == pytest.approx(one_rank, abs=2e-4)
