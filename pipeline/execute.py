@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def _make(step: Step, inputs: dict[str, Path], settings: Settings) -> Outcome:
         artifact=artifact,
         inputs=inputs,
         tracker=tracker,
-        cluster=settings.cluster,
+        cluster=_cluster_of(step, settings.cluster),
         engine=settings.engine,
         sandbox=settings.sandbox,
         seed=settings.seed,
@@ -144,6 +144,11 @@ def _make(step: Step, inputs: dict[str, Path], settings: Settings) -> Outcome:
     committed = store.commit(step.name, step.key, manifest)
     logger.info("%s: committed %s after %.1f s", step.name, committed.path, elapsed_s)
     return Outcome("done", committed.path, elapsed_s, summary)
+
+
+def _cluster_of(step: Step, cluster: ClusterConfig) -> ClusterConfig:
+    """Give a step that shares the cluster with others the ranks meant for those."""
+    return replace(cluster, ranks=cluster.expert_ranks) if step.kind in ("sft", "grpo", "warmup") else cluster
 
 
 def _attempt(workdir: Path) -> float:

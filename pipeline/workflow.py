@@ -199,9 +199,9 @@ def run(config: RunConfig) -> int:
 def _start_ray(config: RunConfig, workflow: Workflow, settings: Settings) -> None:
     workflow.live.note("starting Ray")
     info = cluster.start(config.cluster, settings.run_dir)
-    fits = [info.cpus // (config.cluster.ranks * config.cluster.cpus_per_rank)]
+    fits = [info.cpus // (config.cluster.expert_ranks * config.cluster.cpus_per_rank)]
     if config.cluster.gpus_per_rank > 0:
-        fits.append(info.gpus // (config.cluster.ranks * config.cluster.gpus_per_rank))
+        fits.append(info.gpus // (config.cluster.expert_ranks * config.cluster.gpus_per_rank))
     workflow.width = min([*map(int, fits), *([config.cluster.parallel_steps] if config.cluster.parallel_steps else [])])
     workflow.live.cluster_started(info.dashboard_url, cpus=info.cpus, gpus=info.gpus, width=workflow.width)
 
