@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from domains.code import CodeDomain
+from domains.code_tasks import CodeTasks
 from domains.config import DomainConfig, SandboxConfig
 from domains.math import MathDomain
 from domains.math_tasks import MathTasks
@@ -22,6 +24,7 @@ def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Doma
     """
     kinds: dict[str, Callable[[], Domain]] = {
         "math": lambda: MathDomain(name, _source(name, config)),
+        "code": lambda: CodeDomain(name, _source(name, config), sandbox),
     }
     if config.kind not in kinds:
         raise ValueError(f"domain {name}: kind: got {config.kind!r}, expected one of {sorted(kinds)}")
@@ -31,5 +34,5 @@ def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Doma
 def _source(name: str, config: DomainConfig) -> TaskSource:
     if config.source != PROCEDURAL:
         raise ValueError(f"domain {name}: source: got {config.source!r}, expected {PROCEDURAL!r}")
-    tasks = {"math": MathTasks}
+    tasks: dict[str, type[MathTasks] | type[CodeTasks]] = {"math": MathTasks, "code": CodeTasks}
     return tasks[config.kind](name, difficulty=config.difficulty, diligence=config.diligence)

@@ -41,8 +41,8 @@ class MathDomain:
         return self._source.documents(count, seed=seed)
 
     def boilerplate(self) -> list[str]:
-        """Return nothing: all of a math conversation is to be learned."""
-        return []
+        """Return the constant strings of the source's prompts."""
+        return self._source.boilerplate()
 
     def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
         """Return the first `count` prompts of a split; `truth` holds `answer`."""

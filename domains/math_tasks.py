@@ -83,6 +83,10 @@ class MathTasks:
         random = Random(f"documents/{seed}")
         return [self._document(random) for _ in range(count)]
 
+    def boilerplate(self) -> list[str]:
+        """Return nothing: all of a math conversation is to be learned."""
+        return []
+
     def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
         """Return stories with a question; the split follows from the numbers and signs, whatever the names."""
         return [self._prompt(story, split, number) for number, story in enumerate(draw_tasks(self._story, split, count, seed=seed))]
