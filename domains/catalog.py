@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from domains.agent import AgentDomain
+from domains.agent_tasks import AgentTasks
 from domains.code import CodeDomain
 from domains.code_tasks import CodeTasks
 from domains.config import DomainConfig, SandboxConfig
@@ -25,6 +27,7 @@ def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Doma
     kinds: dict[str, Callable[[], Domain]] = {
         "math": lambda: MathDomain(name, _source(name, config)),
         "code": lambda: CodeDomain(name, _source(name, config), sandbox),
+        "agent": lambda: AgentDomain(name, _source(name, config), sandbox),
     }
     if config.kind not in kinds:
         raise ValueError(f"domain {name}: kind: got {config.kind!r}, expected one of {sorted(kinds)}")
@@ -34,5 +37,5 @@ def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Doma
 def _source(name: str, config: DomainConfig) -> TaskSource:
     if config.source != PROCEDURAL:
         raise ValueError(f"domain {name}: source: got {config.source!r}, expected {PROCEDURAL!r}")
-    tasks: dict[str, type[MathTasks] | type[CodeTasks]] = {"math": MathTasks, "code": CodeTasks}
+    tasks: dict[str, type[MathTasks] | type[CodeTasks] | type[AgentTasks]] = {"math": MathTasks, "code": CodeTasks, "agent": AgentTasks}
     return tasks[config.kind](name, difficulty=config.difficulty, diligence=config.diligence)
