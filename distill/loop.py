@@ -21,7 +21,7 @@ from runtime.evaluate import evaluate
 from runtime.ranks import running_ranks
 from runtime.rollout import Rollout
 from runtime.schedule import learning_rate
-from runtime.spec import LossSpec
+from runtime.spec import EngineSpec, LossSpec
 from runtime.step import StepContext
 from runtime.trainer import Trainer
 
@@ -32,7 +32,9 @@ def run(context: StepContext, job: DistillJob) -> dict[str, Any]:
     teachers = {name: context.inputs[step] for name, step in job.teachers.items()}
     refuse_foreign_teachers(start, teachers)
     domains = {name: make_domain(name, setup.domain, context.sandbox) for name, setup in job.domains.items()}
-    with running_ranks(context, model=start, optimizer=job.distill.optimizer, domains=job.domains, frozen=teachers) as (trainer, rollout):
+    frozen = {name: str(path) for name, path in teachers.items()}
+    spec = EngineSpec(model=str(start), optimizer=job.distill.optimizer, domains=job.domains, frozen=frozen)
+    with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, rollout, domains, job)
         evaluation = {}
         for done, (name, domain) in enumerate(domains.items()):

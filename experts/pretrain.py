@@ -14,6 +14,7 @@ from model.tokenizer import Tokenizer
 from runtime.batch import PackedSample
 from runtime.evaluate import evaluate
 from runtime.ranks import running_ranks
+from runtime.spec import EngineSpec
 from runtime.step import StepContext
 
 TOKENIZER_DEMONSTRATIONS = 200
@@ -33,7 +34,9 @@ def run(context: StepContext, job: PretrainJob) -> dict[str, Any]:
         write_fresh_model(fresh, job.model, tokenizer, seed=context.seed)
     tokenizer = Tokenizer.load(fresh)
     samples = [document_sample(tokenizer, text) for text in texts]
-    with running_ranks(context, model=fresh, optimizer=job.supervised.optimizer, domains=job.domains) as (trainer, rollout):
+    config = job.supervised
+    spec = EngineSpec(model=str(fresh), optimizer=config.optimizer, domains=job.domains, train_mtp=config.mtp_loss_weight > 0)
+    with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
         evaluation = {}
         for done, (name, domain) in enumerate(domains.items()):

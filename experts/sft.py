@@ -14,6 +14,7 @@ from runtime.batch import PackedSample
 from runtime.evaluate import evaluate
 from runtime.generation.conversation import demonstration_tokens
 from runtime.ranks import running_ranks
+from runtime.spec import EngineSpec
 from runtime.step import StepContext
 
 
@@ -22,7 +23,9 @@ def run(context: StepContext, job: SftJob) -> dict[str, Any]:
     start = context.inputs[job.start]
     domains = {name: make_domain(name, setup.domain, context.sandbox) for name, setup in job.domains.items()}
     samples = demonstration_samples(start, list(domains.values()), count=job.supervised.demonstrations, seed=context.seed)
-    with running_ranks(context, model=start, optimizer=job.supervised.optimizer, domains=job.domains) as (trainer, rollout):
+    config = job.supervised
+    spec = EngineSpec(model=str(start), optimizer=config.optimizer, domains=job.domains, train_mtp=config.mtp_loss_weight > 0)
+    with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
         evaluation = {}
         for done, (name, domain) in enumerate(domains.items()):

@@ -21,7 +21,7 @@ from runtime.evaluate import count_statuses, evaluate
 from runtime.ranks import running_ranks
 from runtime.rollout import Rollout
 from runtime.schedule import learning_rate
-from runtime.spec import LossSpec
+from runtime.spec import EngineSpec, LossSpec
 from runtime.step import StepContext
 from runtime.trainer import Trainer
 
@@ -32,8 +32,9 @@ def run(context: StepContext, job: GrpoJob) -> dict[str, Any]:
     """Cultivate one specialist from its SFT checkpoint, evaluate it on held-out prompts, hand it on."""
     start, setup = context.inputs[job.start], job.domain
     domain = make_domain(setup.name, setup.domain, context.sandbox)
-    frozen = {REFERENCE: start} if job.grpo.kl_weight > 0 else {}
-    with running_ranks(context, model=start, optimizer=job.grpo.optimizer, domains={setup.name: setup}, frozen=frozen) as (
+    frozen = {REFERENCE: str(start)} if job.grpo.kl_weight > 0 else {}
+    spec = EngineSpec(model=str(start), optimizer=job.grpo.optimizer, domains={setup.name: setup}, frozen=frozen)
+    with running_ranks(context, spec) as (
         trainer,
         rollout,
     ):

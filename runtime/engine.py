@@ -37,6 +37,7 @@ class Engine:
         join_ranks(spec, rank)
         model = weights.load(Path(spec.model))
         self.tokenizer = Tokenizer.load(Path(spec.model))
+        freeze(model, train_mtp=spec.train_mtp)
         self.objective = Objective(model)
         optimizer = HybridOptimizer(model.named_parameters(), spec.optimizer)
         config = {
@@ -133,6 +134,16 @@ class Engine:
     def _whole_weights(self) -> Any:
         """Under ZeRO 3, gather the parameters for the duration; otherwise they are whole already."""
         return deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3)
+
+
+def freeze(model: Transformer, *, train_mtp: bool) -> None:
+    """Exclude what no loss reaches: the indexers (their top-k passes no gradient) and, unless it is trained, the MTP block.
+
+    Left in, ZeRO would give them zero gradients, and weight decay would wear them away.
+    """
+    for name, parameter in model.named_parameters():
+        if ".indexer." in name or (name.startswith("mtp.") and not train_mtp):
+            parameter.requires_grad_(False)
 
 
 def join_ranks(spec: EngineSpec, rank: int) -> None:

@@ -25,6 +25,7 @@ class EngineSpec:
         domains: whose prompts this rank may be asked to answer.
         sandbox: limits of the domains' environments.
         ranks: number of ranks.
+        train_mtp: whether a loss reaches the MTP block.
         rendezvous: `tcp://host:port` or `file://path` where the ranks meet.
     """
 
@@ -36,6 +37,7 @@ class EngineSpec:
     domains: dict[str, DomainSetup] = field(default_factory=dict)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     ranks: int = 1
+    train_mtp: bool = False
     rendezvous: str = ""
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from runtime import checkpoint
 from runtime.batch import Batch, split
-from runtime.config import OptimizerConfig
 from runtime.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -51,9 +50,9 @@ class LocalGroup:
 class Trainer:
     """Trains one model over all ranks."""
 
-    def __init__(self, group: Group, *, optimizer: OptimizerConfig, workdir: Path) -> None:
+    def __init__(self, group: Group, *, workdir: Path) -> None:
         """Wrap the ranks; checkpoints go to `workdir / "checkpoints"`."""
-        self.group, self.optimizer, self.checkpoints = group, optimizer, workdir / "checkpoints"
+        self.group, self.checkpoints = group, workdir / "checkpoints"
 
     def forward_backward(self, batches: Sequence[Batch], loss: LossSpec) -> dict[str, float]:
         """Accumulate the gradient of the mean loss over all targets of all rows.
