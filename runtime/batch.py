@@ -22,7 +22,7 @@ class PackedSample:
 
     tokens: Sequence[int]
     targets: Sequence[bool]
-    fields: dict[str, Sequence[float]] = field(default_factory=dict)
+    fields: dict[str, Sequence[float] | NDArray[np.float32]] = field(default_factory=dict)
     teacher: str = ""
 
 

@@ -13,12 +13,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed on import; a
 import deepspeed
 import torch
 import torch.distributed as dist
-from model.transformer import Transformer
 
 from domains.types import Prompt, Sample
 from model import weights
 from model.kernels.logprob.reference import token_logprobs
 from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 from runtime.batch import Batch
 from runtime.config import SamplingConfig
 from runtime.generation.engine import Generator

@@ -7,7 +7,7 @@ DeepSpeed's ZeRO hands an optimizer flat slices of parameters. Muon needs whole 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +72,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             {"lr": config.lr, "weight_decay": config.weight_decay},
         )
         self.config = config
-        self.layouts: dict[Tensor, FlatLayout] = {}
+        self.layouts: Mapping[Tensor, FlatLayout] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -91,11 +91,12 @@ class HybridOptimizer(torch.optim.Optimizer):
         momentum = self.config.momentum
         directions = []
         for parameter in parameters:
-            state = self.state[parameter]
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
-            directions.append(torch.add(parameter.grad, buffer, alpha=momentum))
+            buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+            directions.append(torch.add(gradient, buffer, alpha=momentum))
         whole = [i for i, p in enumerate(parameters) if p not in self.layouts]
         for i, update in zip(whole, self._scaled_updates([directions[i] for i in whole]), strict=True):
             directions[i] = update
@@ -108,7 +109,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         """Orthogonalise a list of [N, M] or [E, N, M], those of one shape together, and scale them to the update RMS."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for i, matrix in enumerate(matrices):
-            shapes.setdefault(tuple(sorted(matrix.shape[-2:])), []).append(i)  # type: ignore[arg-type]
+            shapes.setdefault((min(matrix.shape[-2:]), max(matrix.shape[-2:])), []).append(i)
         out: list[Tensor] = list(matrices)
         for (low, high), members in shapes.items():
             wide = [matrices[i].mT if matrices[i].shape[-2] > matrices[i].shape[-1] else matrices[i] for i in members]
