@@ -107,8 +107,8 @@ class RayGroup:
 
     def __init__(self, spec: EngineSpec, *, name: str, config: ClusterConfig) -> None:
         options = {"num_cpus": config.cpus_per_rank, "num_gpus": config.gpus_per_rank, "max_restarts": 0}
-        actor = ray.remote(_Rank)
-        self._actors = [actor.options(name=f"{name}/rank-{i}-{os.getpid()}", **options).remote(i) for i in range(spec.ranks)]
+        actor: Any = ray.remote(_Rank)
+        self._actors: list[Any] = [actor.options(name=f"{name}/rank-{i}-{os.getpid()}", **options).remote(i) for i in range(spec.ranks)]
         spec.rendezvous = "tcp://" + ray.get(self._actors[0].address.remote(), timeout=RANK_TIMEOUT_S)
         ray.get([actor.start.remote(spec) for actor in self._actors], timeout=RANK_TIMEOUT_S)
 
