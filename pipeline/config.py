@@ -156,7 +156,19 @@ def _distill_problems(config: RunConfig) -> list[str]:
 
 _AT_LEAST: dict[str, float] = dict.fromkeys(
     ["steps", "tokens_per_step", "demonstrations", "save_every", "prompts_per_step", "samples_per_prompt", "train_prompts", "prompts"]
-    + ["max_new_tokens", "max_turns", "row_tokens", "ranks", "cpus_per_rank", "chunk_tokens", "slots", "memory_mib", "difficulty"],
+    + [
+        "max_new_tokens",
+        "max_turns",
+        "row_tokens",
+        "ranks",
+        "expert_ranks",
+        "threads_per_rank",
+        "updates_per_rollout",
+        "chunk_tokens",
+        "slots",
+        "memory_mib",
+        "difficulty",
+    ],
     1.0,
 ) | dict.fromkeys(
     [
@@ -172,7 +184,7 @@ _AT_LEAST: dict[str, float] = dict.fromkeys(
     + ["balance_loss_weight", "router_bias_speed", "mtp_loss_weight", "seed", "dashboard_port"],
     0.0,
 )
-_ABOVE_ZERO = {"lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
+_ABOVE_ZERO = {"cpus_per_rank", "lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
 _SHARES = {"diligence", "infrastructure_limit", "momentum"}
 
 
