@@ -50,6 +50,11 @@ _RESULT_PIECES = [
 ]  # fmt: skip
 
 
+def schema_block() -> str:
+    """Return the tools' schemas as they stand in the prompt, one a line."""
+    return "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in TOOLS)
+
+
 @dataclass(frozen=True)
 class _Errand:
     """A shop and what somebody wants in it.
@@ -123,8 +128,7 @@ class AgentTasks:
 
     def boilerplate(self) -> list[str]:
         """Return the system text, the block of schema lines, and the constant pieces of tool results."""
-        lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in TOOLS)
-        return [SYSTEM + "\n\n", lines, *_RESULT_PIECES]
+        return [SYSTEM + "\n\n", schema_block(), *_RESULT_PIECES]
 
     def prompts(self, split: str, count: int, *, seed: int) -> list[Prompt]:
         """Return errands, each in a shop of its own; the split follows from the shop and the wish, whatever the wording."""

@@ -11,9 +11,9 @@ from domains.code_tasks import CodeTasks
 from domains.config import DomainConfig, SandboxConfig
 from domains.math import MathDomain
 from domains.math_tasks import MathTasks
+from domains.sources import FileSource
 from domains.types import Domain, TaskSource
 
-KINDS = ("math", "code", "agent")
 PROCEDURAL = "procedural"
 
 
@@ -21,7 +21,8 @@ def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Doma
     """Build the domain `name` as its configuration says; code and agent probe the sandbox at once.
 
     Raises:
-        ValueError: an unknown kind, difficulty or source.
+        FileNotFoundError: the source is a file that does not exist.
+        ValueError: an unknown kind, difficulty or source, or a malformed row in it.
         SandboxUnavailable: the domain runs what a model wrote, and this machine has no safe way to do so.
     """
     kinds: dict[str, Callable[[], Domain]] = {
@@ -36,6 +37,6 @@ def make_domain(name: str, config: DomainConfig, sandbox: SandboxConfig) -> Doma
 
 def _source(name: str, config: DomainConfig) -> TaskSource:
     if config.source != PROCEDURAL:
-        raise ValueError(f"domain {name}: source: got {config.source!r}, expected {PROCEDURAL!r}")
+        return FileSource(name, config.kind, config.source)
     tasks: dict[str, type[MathTasks] | type[CodeTasks] | type[AgentTasks]] = {"math": MathTasks, "code": CodeTasks, "agent": AgentTasks}
     return tasks[config.kind](name, difficulty=config.difficulty, diligence=config.diligence)
