@@ -15,7 +15,7 @@ _MAX_ANSWER = 64
 """Characters inside the box."""
 _BOX = re.compile(r"\\boxed\s*\{")
 _INTEGER = re.compile(r"-?\d+")
-_UNFINISHED = re.compile(r"[+*^!/]|.-|\\(?:cdot|times|frac|dfrac|div|sqrt|sum)")
+_UNFINISHED = re.compile(r"[+*^!/]|[\w)}\]]\s*-|\\(?:cdot|times|frac|dfrac|div|sqrt|sum)")
 _REMEMBERED = 200_000
 """Comparisons kept; the same pair always gets the same verdict."""
 
