@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.indexer import RATIO, Indexer
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
-from model.linear import GroupedLinear, linear
+from model.linear import GroupedLinear, linear, small_products
 from model.norm import RMSNorm, unit_norm
 from model.rope import rotate
 
@@ -81,9 +81,11 @@ class Attention(nn.Module):
             selected = self.indexer.decode(x, latent, step, cache)
             bias = bias if selected is None else selected
         keys = cache.keys[:, : step.keys(self.ratio)].float()
-        scores = torch.bmm(q.float() * self.width**-0.5, keys.mT).add_(bias)
-        scores[:, :, 0] = self.attn_sink
-        return self._output(torch.bmm(scores.softmax(-1), keys).to(x.dtype), turns)
+        with small_products():
+            scores = torch.bmm(q.float() * self.width**-0.5, keys.mT).add_(bias)
+            scores[:, :, 0] = self.attn_sink
+            out = torch.bmm(scores.softmax(-1), keys)
+        return self._output(out.to(x.dtype), turns)
 
     def _project(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query latent [T, R], the queries [T, H, K] and the window key [T, K], rotated."""

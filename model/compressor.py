@@ -58,8 +58,10 @@ class Compressor(nn.Module):
             return None
         kv, gate = state.kv[rows], state.gate[rows]
         if self.overlaps:
-            late = (slot[rows] >= self.ratio).view(-1, 1, 1)
-            kv, gate = _halves(kv, late, self.ratio), _halves(gate, late, self.ratio)
+            later = torch.arange(2 * self.ratio, device=x.device) >= self.ratio
+            own = (later == (slot[rows] >= self.ratio).unsqueeze(1)).unsqueeze(2)  # [n, 2m, 1]; the other half is the previous block
+            width = kv.shape[2] // 2
+            kv, gate = (torch.where(own, ring[..., width:], ring[..., :width]) for ring in (kv, gate))
         return rows, rotate(self._pool(kv, gate).to(x.dtype), step.entry_turns[self.ratio])
 
     def _pool(self, kv: Tensor, gate: Tensor) -> Tensor:
@@ -72,12 +74,3 @@ def _with_previous(blocks: Tensor, fill: float, first: Tensor) -> Tensor:
     previous = torch.cat([blocks.new_full((1, blocks.shape[1], width), fill), blocks[:-1, :, :width]])[: len(blocks)]
     previous = previous.masked_fill(first.view(-1, 1, 1), fill)
     return torch.cat([previous, blocks[:, :, width:]], 1)
-
-
-def _halves(ring: Tensor, late: Tensor, ratio: int) -> Tensor:
-    """Order a ring of two blocks as previous, current: [n, 2m, 2K] to [n, 2m, K]; `late` says the current block is the second."""
-    width = ring.shape[2] // 2
-    early_block, late_block = ring[:, :ratio], ring[:, ratio:]
-    previous = torch.where(late, early_block, late_block)[:, :, :width]
-    current = torch.where(late, late_block, early_block)[:, :, width:]
-    return torch.cat([previous, current], 1)

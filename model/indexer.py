@@ -10,7 +10,7 @@ from model.compressor import Compressor
 from model.config import ModelConfig
 from model.kernels.indexer.reference import select, top_entries
 from model.layout import PackedRow
-from model.linear import linear
+from model.linear import linear, small_products
 from model.rope import rotate
 
 RATIO = 4
@@ -75,8 +75,9 @@ class Indexer(nn.Module):
         if step.most[RATIO] <= self.count:
             return None
         q, weights = self._query(x, latent, step.turns[True])
-        heads = torch.bmm(q.float(), cache.index_keys[:, : step.most[RATIO]].float().mT).relu_()
-        scores = torch.bmm(weights.float().unsqueeze(1), heads).squeeze(1)
+        with small_products():
+            heads = torch.bmm(q.float(), cache.index_keys[:, : step.most[RATIO]].float().mT).relu_()
+            scores = torch.bmm(weights.float().unsqueeze(1), heads).squeeze(1)
         return step.selected_bias(RATIO, top_entries(step.hide(scores, RATIO), self.count))
 
     def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:

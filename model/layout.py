@@ -10,7 +10,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.rope import inverse_frequencies, rotations
 
-QUERY_BLOCK = 64
+QUERY_BLOCK = 32
 """Queries that share one block of keys; small wastes arithmetic less, large wastes calls less (measured on a CPU)."""
 
 

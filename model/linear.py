@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -58,3 +61,15 @@ def prefer_onednn() -> bool:
     if not honest:
         setting.fp32_precision = before
     return honest
+
+
+@contextmanager
+def small_products() -> Iterator[None]:
+    """Multiply batches of tiny matrices without oneDNN, whose set-up costs more than the arithmetic; undoes nothing else."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

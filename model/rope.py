@@ -58,7 +58,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     Returns:
         [..., K] a new tensor in the dtype of `x`; the rotation itself in fp32.
     """
-    return _Rotate.apply(x, turns)
+    return _Rotate.apply(x, turns) if torch.is_grad_enabled() else _rotated(x, turns)
 
 
 def _rotated(x: Tensor, turns: Tensor) -> Tensor:

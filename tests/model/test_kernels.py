@@ -8,9 +8,11 @@ import torch
 from model.config import ModelConfig
 from model.kernels.experts import reference as experts_reference
 from model.kernels.experts.op import routed_experts
+from model.kernels.hyper_connections import op as hyper_op
+from model.kernels.hyper_connections import reference as hyper_reference
 from model.kernels.indexer.reference import select, top_entries
 from model.kernels.sinkhorn import reference as sinkhorn_reference
-from model.kernels.sinkhorn.op import sinkhorn
+from model.kernels.sinkhorn.op import settle, sinkhorn
 from model.kernels.sparse_attention import blocked
 from model.kernels.sparse_attention import reference as attention_reference
 from model.kernels.sparse_attention.op import sparse_attention
@@ -29,10 +31,29 @@ def test_sinkhorn(iterations: int) -> None:
     assert torch.autograd.gradcheck(lambda x: sinkhorn(x, iterations, 1e-6), logits)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 5.0])
+def test_settled_sinkhorn_equals_all_its_iterations(spread: float) -> None:
+    logits = spread * torch.randn(4, 4, 50, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(settle(logits, 20, 1e-6), sinkhorn_reference.sinkhorn(logits, 20, 1e-6), atol=2e-6, rtol=2e-6)
+
+
 def test_sinkhorn_is_nearly_doubly_stochastic() -> None:
     comb = sinkhorn(torch.randn(4, 4, 100), 20, 1e-6)
     torch.testing.assert_close(comb.sum(0), torch.ones(4, 100), atol=1e-4, rtol=0)
     torch.testing.assert_close(comb.sum(1), torch.ones(4, 100), atol=1e-2, rtol=0)
+
+
+def test_hyper_connections() -> None:
+    torch.manual_seed(6)
+    inputs = [torch.randn(5, 4, 6), torch.randn(24, 24) * 0.3, torch.randn(24), torch.tensor([1.0, 0.7, -1.3]), torch.randn(5, 6)]
+    inputs = [t.double().requires_grad_() for t in inputs]
+
+    def layer(kernels, streams, fn, base, scale, factor):  # type: ignore[no-untyped-def]
+        x, post, comb = kernels.mix_in(streams, fn, base, scale, iterations=3, eps=1e-6, norm_eps=1e-6)
+        return kernels.mix_out(x * factor, streams, post, comb)
+
+    torch.testing.assert_close(layer(hyper_op, *inputs), layer(hyper_reference, *inputs))
+    assert torch.autograd.gradcheck(lambda *args: layer(hyper_op, *args), inputs)
 
 
 def test_experts() -> None:

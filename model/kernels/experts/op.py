@@ -1,19 +1,22 @@
-"""The routed experts as grouped matrix products over the tokens sorted by expert."""
+"""The routed experts as grouped matrix products over the tokens sorted by expert, and their gated activation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+_aten = torch.ops.aten
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """Clamp and gate: silu(min(gate, limit)) * clamp(up, -limit, limit). Source: v4_spec 4."""
-    return functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    """Clamp and gate: silu(min(gate, limit)) * clamp(up, -limit, limit), same shapes. Source: v4_spec 4."""
+    return _Swiglu.apply(gate, up, limit) if torch.is_grad_enabled() else _activation(gate, up, limit)
 
 
 def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, limit: float) -> Tensor:
-    """Sum each token's chosen experts, sum_a w_a W2_e (silu(min(W1_e x, l)) * clamp(W3_e x, -l, l)).
+    """Sum each token's chosen experts, sum_a W2_e (w_a silu(min(W1_e x, l)) * clamp(W3_e x, -l, l)).
 
     Args:
         x: [T, D].
@@ -28,14 +31,88 @@ def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[
     Source: v4_spec 4.
     """
     w1, w2, w3 = matrices
-    tokens, active = indices.shape
-    order = torch.argsort(indices.flatten(), stable=True)  # [T * A] slots by expert
-    ends = torch.bincount(indices.flatten(), minlength=len(w1)).cumsum(0).to(torch.int32)
-    sorted_x = x.index_select(0, order // active)
-    gate = functional.grouped_mm(sorted_x, w1.mT, offs=ends)
-    up = functional.grouped_mm(sorted_x, w3.mT, offs=ends)
-    out = functional.grouped_mm(swiglu(gate, up, limit), w2.mT, offs=ends)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    parts = out.index_select(0, place).view(tokens, active, -1)
-    return torch.bmm(weights.unsqueeze(1), parts.float()).squeeze(1).to(x.dtype)
+    if not torch.is_grad_enabled() and len(x) * len(w1) <= DENSE_ROWS:
+        return _every_expert(x, indices, weights, matrices, limit)
+    return _Experts.apply(x, indices, weights, w1, w2, w3, limit)
+
+
+DENSE_ROWS = 1024
+"""Up to so many (token, expert) pairs, decoding passes every token through every expert: cheaper than sorting (measured on a CPU)."""
+
+
+def _every_expert(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor, Tensor, Tensor], limit: float) -> Tensor:
+    w1, w2, w3 = matrices
+    experts, inner, width = w1.shape
+    hidden = _activation(x @ w1.view(-1, width).T, x @ w3.view(-1, width).T, limit).view(len(x), experts, inner)
+    share = weights.new_zeros(len(x), experts).scatter_(1, indices, weights)
+    hidden *= share.unsqueeze(2)
+    return torch.bmm(hidden.transpose(0, 1), w2.mT).float().sum(0).to(x.dtype)
+
+
+def _activation(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    return functional.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit))
+
+
+def _activation_backward(grad: Tensor, gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `_activation` in gate and up; overwrites `grad`."""
+    clamped = gate.clamp(max=limit)
+    dup = functional.silu(clamped).mul_(grad)
+    dup = _aten.hardtanh_backward(dup, up, -limit, limit)
+    dgate = _aten.silu_backward(grad.mul_(up.clamp(-limit, limit)), clamped)
+    return _aten.hardtanh_backward(dgate, gate, float("-inf"), limit), dup
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.limit = limit
+        return _activation(gate, up, limit)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_activation_backward(grad.clone(), *ctx.saved_tensors, ctx.limit), None
+
+
+class _Experts(torch.autograd.Function):
+    """Sort the (token, choice) pairs by expert; each pair has one row, so gathering replaces every scattered sum."""
+
+    @staticmethod
+    def forward(ctx, x, indices, weights, w1, w2, w3, limit):
+        tokens, active = indices.shape
+        order = torch.argsort(indices.flatten(), stable=True)  # [T * A] pairs by expert
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        ends = torch.bincount(indices.flatten(), minlength=len(w1)).cumsum(0).to(torch.int32)
+        source = order // active
+        rows, share = x.index_select(0, source), weights.flatten()[order].to(x.dtype).unsqueeze(1)
+        gate, up = (functional.grouped_mm(rows, w.mT, offs=ends) for w in (w1, w3))
+        hidden = _activation(gate, up, limit)
+        out = functional.grouped_mm(hidden * share, w2.mT, offs=ends)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(rows, share, gate, up, hidden, w1, w2, w3, source, place, ends)
+            ctx.limit = limit
+        return _sum_choices(out, place, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, share, gate, up, hidden, w1, w2, w3, source, place, ends = ctx.saved_tensors
+        tokens = len(grad)
+        dout = grad.index_select(0, source)
+        dhidden = functional.grouped_mm(dout, w2, offs=ends)
+        dw2 = functional.grouped_mm(dout.mT, hidden * share, offs=ends)
+        dshare = (dhidden * hidden).sum(1, dtype=torch.float32)
+        dgate, dup = _activation_backward(dhidden.mul_(share), gate, up, ctx.limit)
+        dw1, dw3 = (functional.grouped_mm(d.mT, rows, offs=ends) for d in (dgate, dup))
+        drows = functional.grouped_mm(dgate, w1, offs=ends) + functional.grouped_mm(dup, w3, offs=ends)
+        return _sum_choices(drows, place, tokens), None, dshare[place].view(tokens, -1), dw1, dw2, dw3, None
+
+
+def _sum_choices(pairs: Tensor, place: Tensor, tokens: int) -> Tensor:
+    """Bring the rows [T * A, D] back into the tokens' order and sum each token's A in fp32: [T, D]."""
+    first, *others = place.view(tokens, -1).unbind(1)
+    total = pairs.index_select(0, first).float()
+    for choice in others:
+        total += pairs.index_select(0, choice)
+    return total.to(pairs.dtype)

@@ -1,0 +1,133 @@
+"""Mixing of the residual streams with hand-written gradients, so that the wide streams are read as few times as possible."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels.sinkhorn.op import normalise, normalise_backward, settle
+from model.linear import small_products
+
+
+def mix_in(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collapse the residual streams into a sub-layer's input, and compute how its output goes back.
+
+    mix = vec(X) fn^T / rms(vec(X)); pre = sigmoid(mix scale + base) + eps; post = 2 sigmoid(...); comb = sinkhorn(...);
+    input = sum_j pre_j X_j.
+
+    Args:
+        streams: [T, M, D] fp32.
+        fn: [2M + M^2, M * D] fp32, rows pre, post, comb (j first).
+        base: [2M + M^2] fp32.
+        scale: [3] fp32, of pre, post and comb.
+        iterations, eps: of the Sinkhorn normalisation.
+        norm_eps: added to the mean square.
+
+    Returns:
+        input [T, D], post [T, M], comb [T, M, M], all fp32.
+
+    Source: v4_spec 3; mHC paper.
+    """
+    if not torch.is_grad_enabled():
+        tokens, count, _ = streams.shape
+        _, _, _, mix = _mixes(streams, fn, base, scale, norm_eps)
+        gates = mix[: 2 * count].sigmoid()
+        comb = settle(mix[2 * count :].view(count, count, tokens), iterations, eps)
+        return _collapse(streams, gates[:count] + eps)[0], (gates[count:].T * 2).contiguous(), comb.permute(2, 0, 1).contiguous()
+    return _MixIn.apply(streams, fn, base, scale, (iterations, eps, norm_eps))
+
+
+def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """Put a sub-layer's output back: X'_k = post_k f + sum_j comb_jk X_j.
+
+    Args:
+        output: [T, D] fp32, f.
+        streams: [T, M, D] fp32, X.
+        post: [T, M] fp32.
+        comb: [T, M, M] fp32.
+
+    Returns:
+        [T, M, D] fp32.
+    """
+    if not torch.is_grad_enabled():
+        return _mixed(output, streams, post, comb)
+    return _MixOut.apply(output, streams, post, comb)
+
+
+def _mixes(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return 1 / rms [T], the product with `fn` [2M + M^2, T], the scale of each of its rows, and the scaled and shifted mix."""
+    _, count, width = streams.shape
+    flat = streams.flatten(1)
+    inverse = torch.linalg.vector_norm(flat, dim=1).square_().div_(count * width).add_(norm_eps).rsqrt_()
+    raw = (flat @ fn.T).T.contiguous()
+    each = torch.cat([part.expand(size) for part, size in zip(scale.split(1), (count, count, count * count))]).unsqueeze(1)
+    return inverse, raw, each, torch.addcmul(base.unsqueeze(1), raw * inverse, each)
+
+
+def _collapse(streams: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the streams with weights [M, T]; returns the sum [T, D] and the weights as [T, M]."""
+    pre = weights.T.contiguous()
+    with small_products():
+        return torch.bmm(pre.unsqueeze(1), streams).squeeze(1), pre
+
+
+def _mixed(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    with small_products():
+        mixed = torch.bmm(comb.mT, streams)
+    return mixed.addcmul_(post.unsqueeze(2), output.unsqueeze(1))
+
+
+class _MixIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams, fn, base, scale, constants):
+        iterations, eps, norm_eps = constants
+        tokens, count, _ = streams.shape
+        inverse, raw, each, mix = _mixes(streams, fn, base, scale, norm_eps)
+        gates = mix[: 2 * count].sigmoid()
+        comb, soft, sums = normalise(mix[2 * count :].view(count, count, tokens), iterations, eps)
+        collapsed, pre = _collapse(streams, gates[:count] + eps)
+        ctx.save_for_backward(streams, fn, each, raw, inverse, gates, pre, comb, soft, *sums)
+        return collapsed, (gates[count:].T * 2).contiguous(), comb.permute(2, 0, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dcollapsed, dpost, dcomb):
+        streams, fn, each, raw, inverse, gates, pre, comb, soft, *sums = ctx.saved_tensors
+        tokens, count, width = streams.shape
+        with small_products():
+            dpre = torch.bmm(dcollapsed.unsqueeze(1), streams.mT).squeeze(1)
+        dstreams = pre.unsqueeze(2) * dcollapsed.unsqueeze(1)
+        dgates = torch.cat([dpre.T, dpost.T * 2]).mul_(gates).mul_(1 - gates)
+        dlogits = normalise_backward(dcomb.permute(1, 2, 0), comb, soft, sums)
+        dmix = torch.cat([dgates, dlogits.view(-1, tokens)])  # [2M + M^2, T]
+        dbase = dmix.sum(1)
+        per_row = (dmix * raw).mul_(inverse)
+        dscale = torch.stack([part.sum() for part in per_row.split([count, count, count * count])])
+        dinverse = (per_row * each).sum(0).div_(inverse)  # of 1 / rms
+        draw = dmix.mul_(each).mul_(inverse)
+        dfn = draw @ streams.flatten(1)
+        dstreams.view(tokens, -1).addmm_(draw.T, fn)
+        dstreams.addcmul_(streams, (dinverse * inverse.pow(3)).div_(-count * width).view(-1, 1, 1))
+        return dstreams, dfn, dbase, dscale, None
+
+
+class _MixOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, streams, post, comb):
+        ctx.save_for_backward(output, streams, post, comb)
+        return _mixed(output, streams, post, comb)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        output, streams, post, comb = ctx.saved_tensors
+        grad = grad.contiguous()
+        with small_products():
+            dpost = torch.bmm(output.unsqueeze(1), grad.mT).squeeze(1)
+            doutput = torch.bmm(post.unsqueeze(1), grad).squeeze(1)
+            dcomb = torch.bmm(streams, grad.mT)
+            dstreams = torch.bmm(comb, grad)
+        return doutput, dstreams, dpost, dcomb
