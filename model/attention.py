@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from model.cache import FRONT, LayerCache, PrefillPlan, Step
 from model.compressor import Compressor
 from model.config import ModelConfig
+from model.cpu import small_products
 from model.indexer import RATIO, Indexer
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
-from model.linear import GroupedLinear, linear, small_products
+from model.linear import GroupedLinear, linear
 from model.norm import RMSNorm, unit_norm
 from model.rope import rotate
 

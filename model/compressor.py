@@ -45,7 +45,8 @@ class Compressor(nn.Module):
         kv = kv.index_select(0, picked).view(*entries.tokens.shape, kv.shape[1])  # [C, m, c * K]
         gate = gate.index_select(0, picked).view(*entries.tokens.shape, gate.shape[1]) + self.ape.float()
         if self.overlaps:
-            kv, gate = _with_previous(kv, 0.0, entries.first), _with_previous(gate, float("-inf"), entries.first)
+            kv, gate = _with_previous(kv), _with_previous(gate)
+            gate[:, : self.ratio].masked_fill_(entries.first.view(-1, 1, 1), float("-inf"))  # an infinite gate weighs 0
         return rotate(self._pool(kv, gate).to(x.dtype), entries.turns)
 
     def decode(self, x: Tensor, step: Step, state: CompressorState) -> tuple[Tensor, Tensor] | None:
@@ -68,9 +69,7 @@ class Compressor(nn.Module):
         return self.norm((gate.softmax(1) * kv).sum(1))
 
 
-def _with_previous(blocks: Tensor, fill: float, first: Tensor) -> Tensor:
-    """Put the previous block's first channels before each block's last channels: [C, m, 2K] to [C, 2m, K]."""
+def _with_previous(blocks: Tensor) -> Tensor:
+    """Put the previous block's first channels before each block's last channels: [C, m, 2K] to [C, 2m, K]; the first has a stray block."""
     width = blocks.shape[2] // 2
-    previous = torch.cat([blocks.new_full((1, blocks.shape[1], width), fill), blocks[:-1, :, :width]])[: len(blocks)]
-    previous = previous.masked_fill(first.view(-1, 1, 1), fill)
-    return torch.cat([previous, blocks[:, :, width:]], 1)
+    return torch.cat([blocks[..., :width].roll(1, 0), blocks[..., width:]], 1)

@@ -16,8 +16,10 @@ def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: 
     Returns:
         input [T, D] in the dtype of `streams`, post [T, M] fp32, comb [T, M, M] fp32.
     """
-    constants = {"iterations": config.hc_sinkhorn_iters, "eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
-    collapsed, post, comb = op.mix_in(streams.float(), fn.float(), base.float(), scale.float(), **constants)
+    iterations, eps, norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+    collapsed, post, comb = op.mix_in(
+        streams.float(), fn.float(), base.float(), scale.float(), iterations=iterations, eps=eps, norm_eps=norm_eps
+    )
     return collapsed.to(streams.dtype), post, comb
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from model.cache import LayerCache, PrefillPlan, Step
 from model.compressor import Compressor
 from model.config import ModelConfig
+from model.cpu import small_products
 from model.kernels.indexer.reference import select, top_entries
 from model.layout import PackedRow
-from model.linear import linear, small_products
+from model.linear import linear
 from model.rope import rotate
 
 RATIO = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -19,7 +20,7 @@ def unit_norm(x: Tensor, eps: float) -> Tensor:
 
     Source: v4 report 2.3 (query heads), mHC paper (residual streams).
     """
-    return functional.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
+    return _normalised(x, None, eps)
 
 
 class RMSNorm(nn.Module):
@@ -32,4 +33,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., D]; same shape and dtype."""
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return _normalised(x, self.weight, self.eps)
+
+
+def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide, scale = x.float(), None if weight is None else weight.float()
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(wide, scale, eps).to(x.dtype)
+    return functional.rms_norm(wide, x.shape[-1:], scale, eps).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x r with r = rsqrt(mean(x^2) + eps); dx = r (w dy - x r mean(w dy x r)), in as few passes as plain torch allows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        unit = x * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        return unit if weight is None else unit * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        unit, inverse, weight = ctx.saved_tensors
+        product = grad * unit
+        dweight = None if weight is None else product.flatten(0, -2).sum(0)
+        if weight is not None:
+            grad, product = grad * weight, product.mul_(weight)
+        along = product.mean(-1, keepdim=True).neg_()
+        return torch.addcmul(grad, unit, along).mul_(inverse), dweight, None

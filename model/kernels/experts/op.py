@@ -72,7 +72,8 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_activation_backward(grad.clone(), *ctx.saved_tensors, ctx.limit), None
+        gate, up = ctx.saved_tensors
+        return *_activation_backward(grad.clone(), gate, up, ctx.limit), None
 
 
 class _Experts(torch.autograd.Function):

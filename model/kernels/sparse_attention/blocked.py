@@ -33,14 +33,15 @@ class _Inputs(NamedTuple):
         step = max(1, CHUNK // a_block)
         return [(first, min(first + step, self.row.blocks)) for first in range(0, self.row.blocks, step)]
 
-    def queries(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Lay out [T, H, K] rows of the blocks as [n, H * block, K] fp32."""
+    def queries(self, x: Tensor, scale: float, first: int, last: int) -> Tensor:
+        """Scale the rows of the blocks of [T, H, K] and lay them out as [n, H * block, K] fp32."""
         low, high = first * self.row.block, min(last * self.row.block, self.row.length)
         part = x[low:high].float()
         if missing := last * self.row.block - high:
             part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
-        part = part.view(last - first, self.row.block, *part.shape[1:])
-        return part.transpose(1, 2).reshape(last - first, -1, x.shape[2])
+        part = part.view(last - first, self.row.block, *part.shape[1:]).transpose(1, 2)
+        out = part.new_empty(part.shape)
+        return torch.mul(part, scale, out=out).flatten(1, 2)
 
     def keys(self, first: int, last: int) -> Tensor:
         """Gather the keys of the blocks, [n, keys, K] fp32."""
@@ -69,41 +70,44 @@ class _Inputs(NamedTuple):
         scores[..., column] = self.sink.view(1, heads, 1)
         return torch.softmax(scores, -1).flatten(1, 2)
 
+    def forward(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and probabilities of the blocks."""
+        keys, queries = self.keys(first, last), self.queries(self.q, self.q.shape[2] ** -0.5, first, last)
+        return queries, keys, self.probabilities(queries, keys, first, last)
+
 
 class BlockedAttention(torch.autograd.Function):
-    """Forward and backward of `op.sparse_attention`; the backward recomputes the probabilities."""
+    """Forward and backward of `op.sparse_attention`; a row of more than one chunk recomputes its probabilities in the backward."""
 
     @staticmethod
     def forward(ctx, q, kv, ckv, sink, indices, row, ratio):
         inputs = _Inputs(q, kv, ckv, sink, indices, row, ratio)
-        ctx.save_for_backward(q, kv, ckv, sink, indices)
         ctx.row, ctx.ratio = row, ratio
         out = torch.empty_like(q)
-        scale = q.shape[2] ** -0.5
-        for first, last in inputs.chunks():
-            keys = inputs.keys(first, last)
-            weights = inputs.probabilities(inputs.queries(q, first, last) * scale, keys, first, last)
+        chunks = inputs.chunks()
+        for first, last in chunks:
+            queries, keys, weights = inputs.forward(first, last)
             _put(out, torch.bmm(weights, keys), row.block, first)
+        kept = (queries, keys, weights) if len(chunks) == 1 else ()
+        ctx.save_for_backward(q, kv, ckv, sink, indices, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, kv, ckv, sink, indices = ctx.saved_tensors
+        q, kv, ckv, sink, indices, *kept = ctx.saved_tensors
         row = ctx.row
         inputs = _Inputs(q, kv, ckv, sink, indices, row, ctx.ratio)
-        scale = q.shape[2] ** -0.5
         dq, dsink = torch.empty_like(q), torch.zeros_like(sink, dtype=torch.float32)
         dstream = torch.zeros(
             row.reach + row.blocks * row.block, kv.shape[1], device=kv.device, dtype=torch.promote_types(kv.dtype, torch.float32)
         )
         dckv = None if ckv is None else torch.zeros_like(ckv, dtype=dstream.dtype)
         for first, last in inputs.chunks():
-            keys, queries = inputs.keys(first, last), inputs.queries(q, first, last) * scale
-            weights = inputs.probabilities(queries, keys, first, last)
-            dout = inputs.queries(grad, first, last)
+            queries, keys, weights = kept or inputs.forward(first, last)
+            dout = inputs.queries(grad, 1.0, first, last)
             dscores = torch._softmax_backward_data(torch.bmm(dout, keys.mT), weights, -1, weights.dtype)
-            _put(dq, torch.bmm(dscores, keys).mul_(scale), row.block, first)
+            _put(dq, torch.bmm(dscores, keys).mul_(q.shape[2] ** -0.5), row.block, first)
             dkeys = torch.bmm(weights.mT, dout).baddbmm_(dscores.mT, queries)
             _scatter_keys(inputs, dkeys, dstream, dckv, first)
             column = row.reach + row.block + (row.entries[ctx.ratio].width if ctx.ratio else 0)
