@@ -16,10 +16,7 @@ def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: 
     Returns:
         input [T, D] in the dtype of `streams`, post [T, M] fp32, comb [T, M, M] fp32.
     """
-    iterations, eps, norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
-    collapsed, post, comb = op.mix_in(
-        streams.float(), fn.float(), base.float(), scale.float(), iterations=iterations, eps=eps, norm_eps=norm_eps
-    )
+    collapsed, post, comb = op.mix_in(streams.float(), fn.float(), base.float(), scale.float(), config=config)
     return collapsed.to(streams.dtype), post, comb
 
 

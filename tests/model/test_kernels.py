@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_hyper_connections() -> None:
     inputs = [t.double().requires_grad_() for t in inputs]
 
     def layer(kernels, streams, fn, base, scale, factor):  # type: ignore[no-untyped-def]
-        x, post, comb = kernels.mix_in(streams, fn, base, scale, iterations=3, eps=1e-6, norm_eps=1e-6)
+        x, post, comb = kernels.mix_in(streams, fn, base, scale, config=replace(CONFIG, hc_sinkhorn_iters=3))
         return kernels.mix_out(x * factor, streams, post, comb)
 
     torch.testing.assert_close(layer(hyper_op, *inputs), layer(hyper_reference, *inputs))
@@ -74,6 +76,8 @@ def test_experts() -> None:
         results.append((out, *torch.autograd.grad(out, (x, weights, *matrices), grad)))
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+    with torch.no_grad():  # the decoding path
+        torch.testing.assert_close(routed_experts(x, indices, weights, matrices, limit=2.0), results[1][0], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 4000], ids=["one_chunk", "many_chunks"])

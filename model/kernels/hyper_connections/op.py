@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.config import ModelConfig
 from model.cpu import small_products
 from model.kernels.sinkhorn.op import normalise, normalise_backward
 
 
-def mix_in(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Collapse the residual streams into a sub-layer's input, and compute how its output goes back.
 
     mix = vec(X) fn^T / rms(vec(X)); pre = sigmoid(mix scale + base) + eps; post = 2 sigmoid(...); comb = sinkhorn(...);
@@ -23,8 +22,7 @@ def mix_in(
         fn: [2M + M^2, M * D] fp32, rows pre, post, comb (j first).
         base: [2M + M^2] fp32.
         scale: [3] fp32, of pre, post and comb.
-        iterations, eps: of the Sinkhorn normalisation.
-        norm_eps: added to the mean square.
+        config: gives `hc_sinkhorn_iters`, `hc_eps` and `rms_norm_eps`.
 
     Returns:
         input [T, D], post [T, M], comb [T, M, M], all fp32.
@@ -33,11 +31,11 @@ def mix_in(
     """
     if not torch.is_grad_enabled():
         tokens, count, _ = streams.shape
-        _, _, _, mix = _mixes(streams, fn, base, scale, norm_eps)
+        _, _, _, mix = _mixes(streams, fn, base, scale, config.rms_norm_eps)
         gates = mix[: 2 * count].sigmoid()
-        comb, _, _ = normalise(mix[2 * count :].view(count, count, tokens), iterations, eps)
-        return _collapse(streams, gates[:count] + eps)[0], (gates[count:].T * 2).contiguous(), comb.permute(2, 0, 1).contiguous()
-    return _MixIn.apply(streams, fn, base, scale, (iterations, eps, norm_eps))
+        comb, _, _ = normalise(mix[2 * count :].view(count, count, tokens), config.hc_sinkhorn_iters, config.hc_eps)
+        return _collapse(streams, gates[:count] + config.hc_eps)[0], (gates[count:].T * 2).contiguous(), comb.permute(2, 0, 1).contiguous()
+    return _MixIn.apply(streams, fn, base, scale, config)
 
 
 def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -97,10 +95,10 @@ def _mixed(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
 
 class _MixIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, streams, fn, base, scale, constants):
-        iterations, eps, norm_eps = constants
+    def forward(ctx, streams, fn, base, scale, config):
+        iterations, eps = config.hc_sinkhorn_iters, config.hc_eps
         tokens, count, _ = streams.shape
-        inverse, raw, each, mix = _mixes(streams, fn, base, scale, norm_eps)
+        inverse, raw, each, mix = _mixes(streams, fn, base, scale, config.rms_norm_eps)
         gates = mix[: 2 * count].sigmoid()
         comb, soft, sums = normalise(mix[2 * count :].view(count, count, tokens), iterations, eps)
         collapsed, pre = _collapse(streams, gates[:count] + eps)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.kernels.sinkhorn.reference import sinkhorn
 
 
-def mix_in(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `op.mix_in` step by step."""
     tokens, count, _ = streams.shape
     flat = streams.flatten(1)
-    mix = (flat @ fn.T) * torch.rsqrt(flat.square().mean(1, keepdim=True) + norm_eps)
+    mix = (flat @ fn.T) * torch.rsqrt(flat.square().mean(1, keepdim=True) + config.rms_norm_eps)
     mix = mix * scale.repeat_interleave(torch.tensor([count, count, count * count])) + base
     pre, post, comb = mix.split([count, count, count * count], 1)
     logits = comb.view(tokens, count, count).permute(1, 2, 0)
-    collapsed = ((torch.sigmoid(pre) + eps).unsqueeze(2) * streams).sum(1)
-    return collapsed, 2 * torch.sigmoid(post), sinkhorn(logits, iterations, eps).permute(2, 0, 1)
+    collapsed = ((torch.sigmoid(pre) + config.hc_eps).unsqueeze(2) * streams).sum(1)
+    return collapsed, 2 * torch.sigmoid(post), sinkhorn(logits, config.hc_sinkhorn_iters, config.hc_eps).permute(2, 0, 1)
 
 
 def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
