@@ -22,8 +22,18 @@ _NAMES = ("Ada", "Ben", "Eva", "Ida", "Kim", "Lea", "Max", "Tom")
 _ORDERING = ("Order {n} {product} for {name}.", "Sell {n} {product} to {name}.", "{name} wants {n} {product}.")
 _REFUND = "Refund {name}'s order."
 _CANCELLING = (_REFUND, "Cancel {name}'s order.", "{name} cancels the order.")
-_LARGEST_QUANTITY = {1: 9, 2: 60, 3: 600}
-"""Difficulty to the largest quantity and stock."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """How hard the errands of one difficulty are: the largest quantity and stock, the range of ids, the largest price."""
+
+    quantity: int
+    ids: range
+    price: int
+
+
+_LEVELS = {1: _Level(9, range(10, 100), 9), 2: _Level(60, range(100, 990), 30), 3: _Level(600, range(1000, 9990), 300)}
 _SHOWN = 3
 """Customers and products in a shop."""
 
@@ -115,10 +125,10 @@ class AgentTasks:
         Raises:
             ValueError: an unknown difficulty.
         """
-        if difficulty not in _LARGEST_QUANTITY:
-            raise ValueError(f"difficulty: got {difficulty}, expected one of {sorted(_LARGEST_QUANTITY)}")
+        if difficulty not in _LEVELS:
+            raise ValueError(f"difficulty: got {difficulty}, expected one of {sorted(_LEVELS)}")
         self._name = name
-        self._largest = _LARGEST_QUANTITY[difficulty]
+        self._level = _LEVELS[difficulty]
         self._diligence = diligence
 
     def documents(self, count: int, *, seed: int) -> list[str]:
@@ -147,18 +157,18 @@ class AgentTasks:
         return Prompt(f"{self._name}/{split}/{number}", self._name, messages, truth)
 
     def _errand(self, random: Random) -> _Errand:
-        ids = random.sample(range(100, 990), 2 * _SHOWN + 2)
+        ids = random.sample(self._level.ids, 2 * _SHOWN + 2)
         customers = [[ids.pop(), name] for name in random.sample(_NAMES, _SHOWN)]
-        products = [[ids.pop(), name, random.randint(2, 30), 0] for name in random.sample(_PRODUCTS, _SHOWN)]
+        products = [[ids.pop(), name, random.randint(2, self._level.price), 0] for name in random.sample(_PRODUCTS, _SHOWN)]
         for row in products:
-            row[3] = random.randint(0, self._largest)
+            row[3] = random.randint(0, self._level.quantity)
         customer, product = random.choice(customers), random.choice(products)
-        quantity = random.randint(2, self._largest)
+        quantity = random.randint(2, self._level.quantity)
         wish = random.choices(("enough", "short", "cancel"), (4, 4, 2))[0]
         if wish == "cancel":
             orders, text = [[ids.pop(), customer[0], product[0], quantity]], random.choice(_CANCELLING)
         else:
-            product[3] = random.randint(0, quantity - 1) if wish == "short" else random.randint(quantity, self._largest)
+            product[3] = random.randint(0, quantity - 1) if wish == "short" else random.randint(quantity, self._level.quantity)
             orders, text = [], random.choice(_ORDERING)
         database = {"customers": sorted(customers), "products": sorted(products), "orders": orders, "next_order_id": ids.pop()}
         text = text.format(n=quantity, product=product[1], name=customer[1])
@@ -167,8 +177,19 @@ class AgentTasks:
     def _turns(self, random: Random, errand: _Errand) -> list[Message]:
         if errand.wish == "cancel":
             careful = is_careful(random, self._diligence, valuable=errand.text.startswith("Refund"))
-            return _cancel(random, errand, careful=careful)
+            return self._cancel(random, errand, careful=careful)
         return _order(errand, careful=is_careful(random, self._diligence, valuable=errand.product[1] in _VALUABLE))
+
+    def _cancel(self, random: Random, errand: _Errand, *, careful: bool) -> list[Message]:
+        if careful:
+            looked_up = _said("Look up the order.", "", _call("find_customer", name=errand.customer[1]))
+            found = _result(customer_id=errand.customer[0], orders=[errand.order_id])
+            cancelled = _said("Cancel it.", "", _call("cancel_order", order_id=errand.order_id))
+            last = _said("Done.", f"Cancelled {errand.order_id}, refund {errand.total}.")
+            return [looked_up, found, cancelled, _result(refund=errand.total), last]
+        guess = random.choice([id for id in self._level.ids if id != errand.order_id])
+        missing = {"role": "tool", "content": f"error: no order has the id {guess}"}
+        return [_said("Quick.", "", _call("cancel_order", order_id=guess)), missing, _said("Done.", f"Cancelled {guess}.")]
 
     def _document(self, random: Random) -> str:
         notes = []
@@ -178,6 +199,8 @@ class AgentTasks:
             notes.append(f"Product {errand.product[0]}, {errand.product[1]}: price {errand.product[2]}, stock {errand.product[3]}.")
             if errand.wish == "order":
                 notes.append(_compared(errand))
+            if not errand.is_short:
+                notes.append(f"Sold: customer {errand.customer[0]}, product {errand.product[0]}, quantity {errand.quantity}.")
         return " ".join(notes)
 
 
@@ -201,18 +224,6 @@ def _order(errand: _Errand, *, careful: bool) -> list[Message]:
         _call("place_order", customer_id=customer[0], product_id=product[0], quantity=errand.quantity),
     )
     return [looked_up, *results, sold, _result(order_id=errand.order_id, total=errand.total), _ordered(errand)]
-
-
-def _cancel(random: Random, errand: _Errand, *, careful: bool) -> list[Message]:
-    if careful:
-        looked_up = _said("Look up the order.", "", _call("find_customer", name=errand.customer[1]))
-        found = _result(customer_id=errand.customer[0], orders=[errand.order_id])
-        cancelled = _said("Cancel it.", "", _call("cancel_order", order_id=errand.order_id))
-        last = _said("Done.", f"Cancelled {errand.order_id}, refund {errand.total}.")
-        return [looked_up, found, cancelled, _result(refund=errand.total), last]
-    guess = random.choice([id for id in range(100, 990) if id != errand.order_id])
-    missing = {"role": "tool", "content": f"error: no order has the id {guess}"}
-    return [_said("Quick.", "", _call("cancel_order", order_id=guess)), missing, _said("Done.", f"Cancelled {guess}.")]
 
 
 def _ordered(errand: _Errand) -> Message:

@@ -1,6 +1,6 @@
 """What a user may set about a domain and about the sandbox."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ class _Level:
 
 
 _LEVELS = {
-    1: _Level(steps=(3, 4), operands=(*range(1, 10), *range(10, 100, 10)), limit=99),
+    1: _Level(steps=(3, 4), operands=tuple(range(1, 10)), limit=29),
     2: _Level(steps=(4, 5), operands=tuple(range(1, 100)), limit=99),
     3: _Level(steps=(5, 7), operands=tuple(range(1, 1000)), limit=999),
 }
@@ -59,8 +59,10 @@ class _Story:
         return f"{self.name} has {self.start} {self.item}{events}."
 
     def working(self) -> str:
+        """Return every change, said again and done as a sum."""
         befores = [self.start, *self.values()]
-        return " ".join(f"{b}{sign}{operand}={a}." for b, (sign, operand), a in zip(befores, self.changes, befores[1:]))
+        steps = zip(self.verbs, befores, self.changes, befores[1:])
+        return " ".join(f"{verb} {operand}: {before}{sign}{operand}={after}." for verb, before, (sign, operand), after in steps)
 
 
 class MathTasks:

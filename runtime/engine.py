@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from domains.types import Prompt, Sample
 from model import weights
+from model.cpu import keep_freed_memory, prefer_onednn
 from model.kernels.logprob.reference import token_logprobs
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -34,6 +35,8 @@ class Engine:
     def __init__(self, spec: EngineSpec, rank: int = 0) -> None:
         self.spec, self.rank = spec, rank
         torch.set_num_threads(spec.threads)
+        prefer_onednn()
+        keep_freed_memory()
         join_ranks(spec, rank)
         model = weights.load(Path(spec.model))
         self.tokenizer = Tokenizer.load(Path(spec.model))

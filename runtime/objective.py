@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from model.transformer import Transformer
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.kernels.logprob.reference import token_logprobs
+from model.transformer import Transformer
 from runtime.batch import Batch
 from runtime.spec import LossSpec
+
+PAD_TOKENS = 128
+"""Rows are filled up to a multiple of this."""
 
 
 class Rows(NamedTuple):
@@ -57,8 +62,7 @@ class Objective(nn.Module):
             [] fp32, requires grad also for a row without targets.
         """
         device = self.model.embed.weight.device
-        tokens = torch.from_numpy(batch.tokens).to(device)
-        cu_seqlens = torch.from_numpy(batch.cu_seqlens).to(device)
+        tokens, cu_seqlens = (torch.from_numpy(part).to(device) for part in padded(batch))
         hidden = self.model(tokens, cu_seqlens)
         where = torch.from_numpy(batch.targets.nonzero()[0]).to(device)  # [R]
         rows = Rows(
@@ -88,6 +92,21 @@ class Objective(nn.Module):
         reachable = where[where - 2 >= cu_seqlens[sample]]
         states = self.model.mtp_hidden(hidden, tokens, cu_seqlens)[reachable - 2]
         return self.model.head(states, lambda h, weight: -token_logprobs(h, weight, tokens[reachable])[0].sum())
+
+
+def padded(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Fill a row up to a multiple of `PAD_TOKENS` with one more sample, made of the row's own tokens and without targets.
+
+    Matrix libraries prepare a kernel for each new shape; rows of a few lengths only keep them from doing it at every step. The filling
+    resembles the row so that the routers' load, which counts it, does too.
+
+    Returns:
+        tokens [T'] and cu_seqlens [N' + 1].
+    """
+    missing = -len(batch.tokens) % PAD_TOKENS
+    if missing == 0:
+        return batch.tokens, batch.cu_seqlens
+    return np.concatenate([batch.tokens, np.resize(batch.tokens, missing)]), np.append(batch.cu_seqlens, len(batch.tokens) + missing)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def _padded(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor,
     w1, w2, w3 = matrices
     pairs, active = indices.flatten(), indices.shape[1]
     ranks = pairs.new_zeros(len(pairs), len(w1)).scatter_(1, pairs.unsqueeze(1), 1).cumsum_(0)
-    room = int(ranks[-1].max())
+    room = -(-int(ranks[-1].max()) // 8) * 8
     slot = ranks.gather(1, pairs.unsqueeze(1)).squeeze(1).add_(pairs, alpha=room).sub_(1)
     rows = x.new_zeros(len(w1) * room, x.shape[1]).index_copy_(0, slot, x.repeat_interleave(active, 0)).view(len(w1), room, -1)
     hidden = _activation(torch.bmm(rows, w1.mT), torch.bmm(rows, w3.mT), limit)  # [E, room, F]
@@ -78,38 +78,54 @@ class _Swiglu(torch.autograd.Function):
         return *_activation_backward(grad.clone(), gate, up, ctx.limit), None
 
 
+GROUP = 64
+"""Every expert's rows are padded with zeros to a multiple of this: matrix libraries prepare a kernel for each new shape, which costs
+more than the arithmetic of a small group, and group sizes never repeat by themselves."""
+
+
+def _slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Give each (token, choice) pair a row among its expert's, [T * A], and each expert's padded end, [E] int32."""
+    flat = indices.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    padded = (counts + GROUP - 1) // GROUP * GROUP
+    order = torch.argsort(flat, stable=True)
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # padded start of each expert minus its unpadded start
+    places = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+    return torch.empty_like(order).index_copy_(0, order, places), padded.cumsum(0).to(torch.int32)
+
+
 class _Experts(torch.autograd.Function):
-    """Sort the (token, choice) pairs by expert; each pair has one row, so gathering replaces every scattered sum."""
+    """Lay the (token, choice) pairs out by expert; each pair has one row, so gathering replaces every scattered sum."""
 
     @staticmethod
     def forward(ctx, x, indices, weights, w1, w2, w3, limit):
         tokens, active = indices.shape
-        order = torch.argsort(indices.flatten(), stable=True)  # [T * A] pairs by expert
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        ends = torch.bincount(indices.flatten(), minlength=len(w1)).cumsum(0).to(torch.int32)
-        source = order // active
-        rows, share = x.index_select(0, source), weights.flatten()[order].to(x.dtype).unsqueeze(1)
+        slots, ends = _slots(indices, len(w1))
+        room = int(ends[-1])
+        rows = x.new_zeros(room, x.shape[1]).index_copy_(0, slots, x.repeat_interleave(active, 0))
+        share = x.new_zeros(room).index_copy_(0, slots, weights.flatten().to(x.dtype)).unsqueeze(1)
         gate, up = (functional.grouped_mm(rows, w.mT, offs=ends) for w in (w1, w3))
         hidden = _activation(gate, up, limit)
         out = functional.grouped_mm(hidden * share, w2.mT, offs=ends)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(rows, share, gate, up, hidden, w1, w2, w3, source, place, ends)
+            ctx.save_for_backward(rows, share, gate, up, hidden, w1, w2, w3, slots, ends)
             ctx.limit = limit
-        return _sum_choices(out, place, tokens)
+        return _sum_choices(out, slots, tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, share, gate, up, hidden, w1, w2, w3, source, place, ends = ctx.saved_tensors
+        rows, share, gate, up, hidden, w1, w2, w3, slots, ends = ctx.saved_tensors
         tokens = len(grad)
-        dout = grad.index_select(0, source)
+        spread = grad.repeat_interleave(len(slots) // tokens, 0)
+        dout = grad.new_zeros(len(rows), grad.shape[1]).index_copy_(0, slots, spread)
         dhidden = functional.grouped_mm(dout, w2, offs=ends)
         dw2 = functional.grouped_mm(dout.mT, hidden * share, offs=ends)
         dshare = (dhidden * hidden).sum(1, dtype=torch.float32)
         dgate, dup = _activation_backward(dhidden.mul_(share), gate, up, ctx.limit)
         dw1, dw3 = (functional.grouped_mm(d.mT, rows, offs=ends) for d in (dgate, dup))
         drows = functional.grouped_mm(dgate, w1, offs=ends) + functional.grouped_mm(dup, w3, offs=ends)
-        return _sum_choices(drows, place, tokens), None, dshare[place].view(tokens, -1), dw1, dw2, dw3, None
+        return _sum_choices(drows, slots, tokens), None, dshare[slots].view(tokens, -1), dw1, dw2, dw3, None
 
 
 def _sum_choices(pairs: Tensor, place: Tensor, tokens: int) -> Tensor:
