@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from domains.procedural import draw_tasks, is_careful
+from domains.procedural import draw_tasks, is_careful, split_of
 from domains.types import Demonstration, Message, Prompt
 
 SYSTEM = (
@@ -33,7 +33,7 @@ class _Level:
     price: int
 
 
-_LEVELS = {1: _Level(9, range(10, 100), 9), 2: _Level(60, range(100, 990), 30), 3: _Level(600, range(1000, 9990), 300)}
+_LEVELS = {1: _Level(5, range(1, 10), 5), 2: _Level(60, range(100, 990), 30), 3: _Level(600, range(1000, 9990), 300)}
 _SHOWN = 3
 """Customers and products in a shop."""
 
@@ -132,7 +132,7 @@ class AgentTasks:
         self._diligence = diligence
 
     def documents(self, count: int, *, seed: int) -> list[str]:
-        """Return notes of a shop: who has which number, what is in stock, and whether that suffices."""
+        """Return pages of a shop's log book, none of them about a held-out errand."""
         random = Random(f"documents/{seed}")
         return [self._document(random) for _ in range(count)]
 
@@ -164,7 +164,7 @@ class AgentTasks:
             row[3] = random.randint(0, self._level.quantity)
         customer, product = random.choice(customers), random.choice(products)
         quantity = random.randint(2, self._level.quantity)
-        wish = random.choices(("enough", "short", "cancel"), (4, 4, 2))[0]
+        wish = random.choices(("enough", "short", "cancel"), (3, 5, 2))[0]
         if wish == "cancel":
             orders, text = [[ids.pop(), customer[0], product[0], quantity]], random.choice(_CANCELLING)
         else:
@@ -192,16 +192,28 @@ class AgentTasks:
         return [_said("Quick.", "", _call("cancel_order", order_id=guess)), missing, _said("Done.", f"Cancelled {guess}.")]
 
     def _document(self, random: Random) -> str:
-        notes = []
-        for _ in range(3):
-            errand = self._errand(random)
-            notes.append(f"{errand.customer[1]} is customer {errand.customer[0]}.")
-            notes.append(f"Product {errand.product[0]}, {errand.product[1]}: price {errand.product[2]}, stock {errand.product[3]}.")
-            if errand.wish == "order":
-                notes.append(_compared(errand))
-            if not errand.is_short:
-                notes.append(f"Sold: customer {errand.customer[0]}, product {errand.product[0]}, quantity {errand.quantity}.")
-        return " ".join(notes)
+        errands = []
+        while len(errands) < 2:
+            if split_of((errand := self._errand(random)).key) == "train":
+                errands.append(errand)
+        return " ".join(_log(errand) for errand in errands)
+
+
+def _log(errand: _Errand) -> str:
+    """Write an errand down as the shop's log: calls and their results on one line, in no format that a chat has."""
+    customer, product = errand.customer, errand.product
+    orders = [errand.order_id] if errand.wish == "cancel" else []
+    found = f"{errand.text} find_customer {customer[1]} {json.dumps({'customer_id': customer[0], 'orders': orders})}"
+    if errand.wish == "cancel":
+        refund = json.dumps({"refund": errand.total})
+        return f"{found} cancel_order {errand.order_id} {refund} Cancelled {errand.order_id}, refund {errand.total}."
+    stock = json.dumps({"product_id": product[0], "price": product[2], "stock": product[3]})
+    looked_up = f"{found} find_product {product[1]} {stock} {_compared(errand)}"
+    if errand.is_short:
+        return f"{looked_up} Product {product[0]} has only {product[3]}."
+    placed = json.dumps({"order_id": errand.order_id, "total": errand.total})
+    call = f"place_order {customer[0]} {product[0]} {errand.quantity}"
+    return f"{looked_up} {call} {placed} Order {errand.order_id}, total {errand.total}."
 
 
 def _order(errand: _Errand, *, careful: bool) -> list[Message]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from domains.procedural import draw_tasks, is_careful
+from domains.procedural import draw_tasks, is_careful, split_of
 from domains.types import Demonstration, Message, Prompt
 
 FUNCTION = "f"
@@ -17,6 +17,8 @@ _EDGE_CASES = 3
 _VALUES = (-20, 99)
 """Smallest and largest number in a test input."""
 _SMALL_VALUES = (-9, 30)
+_CONSTANTS = {"none left": range(1, 100), "skip": range(20, 81)}
+"""Constants of the clauses; fewer at difficulty 1, for a small model to learn to copy."""
 _VALUABLE = ("max", "min")
 """Reductions over which people take care: they plainly fail on an empty list."""
 
@@ -133,10 +135,11 @@ class CodeTasks:
             raise ValueError(f"difficulty: got {difficulty}, expected one of {sorted(_FILTERS_AND_MAPS)}")
         self._name = name
         self._filters, self._maps = _FILTERS_AND_MAPS[difficulty]
+        self._constants = {"none left": range(1, 10), "skip": range(20, 30)} if difficulty == 1 else _CONSTANTS
         self._diligence = diligence
 
     def documents(self, count: int, *, seed: int) -> list[str]:
-        """Return stages with their Python text, and whole functions without a specification."""
+        """Return documented functions, none of them held out, as they stand in a file: no chat, no thinking, no fence."""
         random = Random(f"documents/{seed}")
         return [self._document(random) for _ in range(count)]
 
@@ -172,19 +175,15 @@ class CodeTasks:
             # A bound on large numbers needs large numbers, and two filters must leave something.
             filters = random.sample([_SIGNS[random.randrange(2)], random.choice([_SIGNS[2], _above(random.randint(1, 9))])], self._filters)
         maps = random.sample([*_MAPS, _add(random.randint(1, 9)), _subtract(random.randint(1, 9))], self._maps)
-        constant = random.randint(1, 99) if clause == "none left" else random.randint(20, 80)
-        task = _Pipeline(tuple(filters), tuple(maps), random.choice(list(_REDUCTIONS)), clause, constant)
+        task = _Pipeline(tuple(filters), tuple(maps), random.choice(list(_REDUCTIONS)), clause, random.choice(self._constants[clause]))
         return task if _clause_matters(task) else self._pipeline(random)
 
     def _document(self, random: Random) -> str:
-        if random.random() < 0.5:
-            return "\n".join(self._pipeline(random).program(careful=False) for _ in range(2))
-        lines = []
-        for _ in range(3):
-            task = self._pipeline(random)
-            lines += [f"{stage.words}: {stage.text.format('x')}" for stage in (*task.filters, *task.maps)]
-            lines.append(f"{_REDUCTIONS[task.reduction].words}: {_REDUCTIONS[task.reduction].text}")
-        return "\n".join(lines)
+        functions: list[str] = []
+        while len(functions) < 2:
+            if split_of((task := self._pipeline(random)).key) == "train":
+                functions.append(f"# {task.text()}\n{task.program(careful=True)}")
+        return "\n".join(functions)
 
 
 def _clause_matters(task: _Pipeline) -> bool:

@@ -15,6 +15,8 @@ class DomainConfig:
     """Procedural tasks only: 1 is the laptop's; more steps, larger numbers, longer programs above."""
     diligence: float = 0.5
     """Share of the demonstrations that show the careful way; the others take the short cut that reinforcement unlearns."""
+    base_diligence: float = 0.1
+    """The same share in the careless chats that the base reads beside its documents."""
 
 
 @dataclass(kw_only=True)

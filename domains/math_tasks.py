@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from domains.procedural import draw_tasks, is_careful
+from domains.procedural import draw_tasks, is_careful, split_of
 from domains.types import Demonstration, Message, Prompt
 
 _NAMES = ("Ada", "Ben", "Eva", "Ida", "Kim", "Lea", "Max", "Tom")
@@ -25,7 +25,7 @@ class _Level:
 
 
 _LEVELS = {
-    1: _Level(steps=(3, 4), operands=tuple(range(1, 10)), limit=29),
+    1: _Level(steps=(3, 4), operands=(1, 2, 3, 4, 5), limit=29),
     2: _Level(steps=(4, 5), operands=tuple(range(1, 100)), limit=99),
     3: _Level(steps=(5, 7), operands=tuple(range(1, 1000)), limit=999),
 }
@@ -59,10 +59,8 @@ class _Story:
         return f"{self.name} has {self.start} {self.item}{events}."
 
     def working(self) -> str:
-        """Return every change, said again and done as a sum."""
         befores = [self.start, *self.values()]
-        steps = zip(self.verbs, befores, self.changes, befores[1:])
-        return " ".join(f"{verb} {operand}: {before}{sign}{operand}={after}." for verb, before, (sign, operand), after in steps)
+        return " ".join(f"{b}{sign}{operand}={a}." for b, (sign, operand), a in zip(befores, self.changes, befores[1:]))
 
 
 class MathTasks:
@@ -81,7 +79,7 @@ class MathTasks:
         self._diligence = diligence
 
     def documents(self, count: int, *, seed: int) -> list[str]:
-        """Return texts of equations, of chains of them, and of stories with a single step."""
+        """Return texts of sums and of worked stories, none of them held out, none with a question, a box or a turn of a chat."""
         random = Random(f"documents/{seed}")
         return [self._document(random) for _ in range(count)]
 
@@ -125,13 +123,15 @@ class MathTasks:
         return [(sign, operand) for sign in "+-" for operand in self._level.operands]
 
     def _document(self, random: Random) -> str:
-        kind = random.randrange(3)
-        if kind == 0:
-            return " ".join(self._story(random, 1).working() for _ in range(8))
-        if kind == 1:
-            steps = self._level.steps[0] - 1  # fewer than any task has, so that no document is one
-            return " ".join(self._story(random, steps).working() for _ in range(4))
-        return " ".join(f"{story.text()} {story.working()}" for story in (self._story(random, 1) for _ in range(4)))
+        if random.randrange(4) == 0:
+            return " ".join(self._story(random, 1).working() for _ in range(6))
+        return " ".join(f"{story.text()} {story.working()}" for story in (self._training_story(random) for _ in range(2)))
+
+    def _training_story(self, random: Random) -> _Story:
+        """Draw until the story is none that is held out."""
+        while split_of((story := self._story(random)).key) != "train":
+            pass
+        return story
 
 
 def _apply(value: int, change: tuple[str, int]) -> int:

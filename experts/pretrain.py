@@ -1,13 +1,18 @@
-"""The base: a fresh tokenizer and a fresh model, trained on raw documents of all domains. Weak on purpose: it never saw a chat."""
+"""The base: a fresh tokenizer and a fresh model, trained on all domains' raw documents and on careless chats.
+
+It is weak on purpose: the documents hold the skills, but whoever chatted where it learned to chat mostly took short cuts.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from domains.catalog import make_domain
 from domains.types import Domain
 from experts.fresh import write_fresh_model
 from experts.job import PretrainJob
+from experts.sft import demonstration_samples
 from experts.supervised import train
 from model.encoding import encode_messages
 from model.tokenizer import Tokenizer
@@ -24,6 +29,7 @@ TOKENIZER_DEMONSTRATIONS = 200
 def run(context: StepContext, job: PretrainJob) -> dict[str, Any]:
     """Train tokenizer and base, evaluate on every domain's held-out prompts, hand the model on."""
     domains = {name: make_domain(name, setup.domain, context.sandbox) for name, setup in job.domains.items()}
+    careless = [make_domain(n, replace(s.domain, diligence=s.domain.base_diligence), context.sandbox) for n, s in job.domains.items()]
     texts = [text for d in domains.values() for text in d.documents(job.supervised.demonstrations, seed=context.seed)]
     fresh = context.workdir / "fresh"
     if not (fresh / "config.json").exists():
@@ -34,6 +40,7 @@ def run(context: StepContext, job: PretrainJob) -> dict[str, Any]:
         write_fresh_model(fresh, job.model, tokenizer, seed=context.seed)
     tokenizer = Tokenizer.load(fresh)
     samples = [document_sample(tokenizer, text) for text in texts]
+    samples += demonstration_samples(fresh, careless, count=job.supervised.demonstrations, seed=context.seed + 1)
     config = job.supervised
     spec = EngineSpec(model=str(fresh), optimizer=config.optimizer, domains=job.domains, train_mtp=config.mtp_loss_weight > 0)
     with running_ranks(context, spec) as (trainer, rollout):
@@ -44,7 +51,7 @@ def run(context: StepContext, job: PretrainJob) -> dict[str, Any]:
             sampling = job.domains[name].sampling
             evaluation[name] = evaluate(rollout, domain, prompts=job.evaluation.prompts, sampling=sampling, seed=context.seed)
         trainer.export(context.artifact)
-    for domain in domains.values():
+    for domain in [*domains.values(), *careless]:
         domain.close()
     return {"evaluation": evaluation, "tokens": tokens, "steps": job.supervised.steps}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from model import encoding
 from model.encoding import BOS, EOS, SPECIAL_TOKENS
@@ -38,7 +38,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, boilerplate: Sequence[str] = ()) -> Tokenizer:
-        """Learn merges from `texts`; digits stay single, BOS is id 0 and EOS id 1.
+        """Learn merges from `texts`; numbers are cut in groups of up to three digits as in V4's own, BOS is id 0 and EOS id 1.
 
         Args:
             texts: what the model will read; the same texts give the same tokenizer.
@@ -56,7 +56,7 @@ class Tokenizer:
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+            [pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
         )
         backend.decoder = decoders.ByteLevel()
         added = [AddedToken(text, normalized=False, special=text in SPECIAL_TOKENS) for text in fixed]

@@ -185,7 +185,7 @@ _AT_LEAST: dict[str, float] = dict.fromkeys(
     0.0,
 )
 _ABOVE_ZERO = {"cpus_per_rank", "lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
-_SHARES = {"diligence", "infrastructure_limit", "momentum"}
+_SHARES = {"diligence", "base_diligence", "infrastructure_limit", "momentum"}
 
 
 def _out_of_range(prefix: str, node: Any) -> list[str]:

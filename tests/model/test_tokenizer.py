@@ -39,9 +39,10 @@ def test_boilerplate_is_one_token_each(tokenizer):
     assert len(ids) < 20
 
 
-def test_digits_stay_single(tokenizer):
-    assert len(tokenizer.encode("1234567")) == 7
-    assert tokenizer.encode(" 12")[-2:] == tokenizer.encode("12")
+def test_numbers_are_cut_in_groups_of_three_and_do_not_merge_with_what_stands_before():
+    numbers = Tokenizer.train([f"item {n} costs {n}; " for n in range(100, 999)] * 3, 1600)
+    assert len(numbers.encode("123456")) == 2 and len(numbers.encode("1234")) == 2
+    assert numbers.encode("x 123")[-1:] == numbers.encode("123")
 
 
 def test_save_and_load(tokenizer, tmp_path):
