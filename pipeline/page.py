@@ -46,7 +46,7 @@ STYLE: dict[Any, Any] = {
 CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f5f7fa; color: #1c2330; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+body { margin: 0; background: #f5f7fa; color: #1c2330; font: 15px/1.5 system-ui, -apple-system, "DejaVu Sans", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; letter-spacing: -0.02em; margin: 0 0 4px; }
 h2 { font-size: 16px; margin: 0 0 12px; }
@@ -59,7 +59,7 @@ h2 { font-size: 16px; margin: 0 0 12px; }
 .good { color: #0f8a67; }
 .wide { margin-bottom: 16px; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
+svg text { font-family: system-ui, -apple-system, "DejaVu Sans", sans-serif !important; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: right; color: #6b7485; font-weight: 500; font-size: 13px; padding: 6px 10px; border-bottom: 1px solid #e6e9ef; }
 td { text-align: right; padding: 8px 10px; border-bottom: 1px solid #f0f2f6; }
@@ -84,7 +84,7 @@ def page(run: Run, report: dict[str, Any]) -> str:
     )
     body = [
         f"<h1>{title}</h1>",
-        f'<p class="sub">run <b>{html.escape(report["run"])}</b> · stage {report["stage"]} · {_model(run.config["model"])} · seed {report["seed"]}</p>',
+        f'<p class="sub">run <b>{html.escape(report["run"])}</b> · stage {report["stage"]} · {_model(run.config)}</p>',
         _headline(report),
         _card("pass@1 on held-out prompts, 95 % intervals", _svg([lambda axes: _bars(axes, report["domains"])], size=(10.4, 3.4)), "wide"),
         f'<div class="card wide">{_domain_table(report["domains"])}</div>',
@@ -122,8 +122,11 @@ def _learning(run: Run, report: dict[str, Any]) -> list[tuple[str, Draw]]:
     return found
 
 
-def _model(model: dict[str, Any]) -> str:
-    return f"{model['num_hidden_layers']} layers × {model['hidden_size']}, {model['n_routed_experts']} routed experts"
+def _model(config: dict[str, Any]) -> str:
+    model = config["model"]
+    return (
+        f"{model['num_hidden_layers']} layers × {model['hidden_size']}, {model['n_routed_experts']} routed experts · seed {config['seed']}"
+    )
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -152,7 +155,8 @@ def _series(run: Run, step: str, metric: str) -> list[tuple[int, float]]:
 def _svg(panels: Sequence[Draw], *, size: tuple[float, float] = (5.6, 3.2), background: str = "none", text: str = "none") -> str:
     with rc_context(STYLE | {"svg.fonttype": text}):
         figure = Figure(figsize=size, layout="constrained", facecolor=background)
-        for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        widths = [1.4] + [1.0] * (len(panels) - 1)
+        for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0], panels, strict=True):
             axes.set_facecolor("none")
             draw(axes)
         buffer = io.StringIO()
