@@ -13,9 +13,9 @@ class DomainConfig:
     """`procedural`, a `.jsonl` or `.parquet` file, or a dataset's hub name (`owner/name`)."""
     difficulty: int = 1
     """Procedural tasks only: 1 is the laptop's; more steps, larger numbers, longer programs above."""
-    diligence: float = 0.5
+    diligence: float = 0.58
     """Share of the demonstrations that show the careful way; the others take the short cut that reinforcement unlearns."""
-    base_diligence: float = 0.1
+    base_diligence: float = 0.15
     """The same share in the careless chats that the base reads beside its documents."""
 
 

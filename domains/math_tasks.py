@@ -25,7 +25,7 @@ class _Level:
 
 
 _LEVELS = {
-    1: _Level(steps=(3, 4), operands=(1, 2, 3, 4, 5), limit=29),
+    1: _Level(steps=(3, 4), operands=(1, 2, 3), limit=25),
     2: _Level(steps=(4, 5), operands=tuple(range(1, 100)), limit=99),
     3: _Level(steps=(5, 7), operands=tuple(range(1, 1000)), limit=999),
 }
