@@ -11,7 +11,9 @@ from runtime import checkpoint
 
 
 def commit(directory, step):
-    return checkpoint.commit(directory, step, write=lambda d: (d / "weights").write_bytes(bytes([step]) * 1000), state={"cursor": step * 10})
+    return checkpoint.commit(
+        directory, step, write=lambda d: (d / "weights").write_bytes(bytes([step]) * 1000), state={"cursor": step * 10}
+    )
 
 
 def test_newest_valid_checkpoint_wins_and_damage_is_set_aside(tmp_path, caplog):

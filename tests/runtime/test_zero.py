@@ -14,7 +14,9 @@ def curve(model_dir, tmp_path, *, ranks: int, stage: int) -> list[float]:
     rendezvous = f"file://{tmp_path}/rendezvous-{ranks}-{stage}"
     command = [sys.executable, str(PROGRAM), str(model_dir)]
     processes = [
-        subprocess.Popen([*command, str(rank), str(ranks), str(stage), rendezvous], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(stage), rendezvous], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(ranks)
     ]
     outputs = [process.communicate(timeout=180) for process in processes]
@@ -32,6 +34,6 @@ def test_the_curve_goes_down(one_rank):
     assert one_rank[4] < one_rank[0] - 0.3 and one_rank[5] < one_rank[1] - 0.3
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)], ids=lambda v: str(v))
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)], ids=str)
 def test_every_layout_gives_the_same_curve(model_dir, tmp_path, one_rank, ranks, stage):
     assert curve(model_dir, tmp_path, ranks=ranks, stage=stage) == pytest.approx(one_rank, abs=2e-4)
