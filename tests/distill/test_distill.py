@@ -63,7 +63,7 @@ def test_teachers_that_spell_or_predict_differently_are_refused_all_at_once(mode
     refuse_foreign_teachers(student, {"math": tmp_path / "twin"})
     speller = models("speller", ["xyzxyzxyz"] * 9)
     larger = models("larger", ["abcabcabc"] * 9, vocab=999)
-    with pytest.raises(ValueError, match="'code'.*has tokenizer.*'agent'.*999 tokens"):
+    with pytest.raises(ValueError, match=r"'code'.*has tokenizer.*'agent'.*999 tokens"):
         refuse_foreign_teachers(student, {"math": tmp_path / "twin", "code": speller, "agent": larger})
 
 

@@ -75,7 +75,7 @@ def test_far_off_policy_samples_of_negative_advantage_are_masked_whole():
 
 
 def test_a_run_stops_when_rollout_and_trainer_part():
-    with pytest.raises(RuntimeError, match="mismatch_limit_nats=0.02"):
+    with pytest.raises(RuntimeError, match=r"mismatch_limit_nats=0\.02"):
         refuse_mismatch({"mismatch_kl/mean": 0.3}, GrpoConfig())
     with pytest.raises(RuntimeError, match="nan"):
         refuse_mismatch({"mismatch_kl/mean": float("nan")}, GrpoConfig())
