@@ -144,9 +144,9 @@ def open_wandb(tracking: TrackingConfig, *, run_dir: Path, group: str, step: str
 
 
 def redact(values: Any) -> Any:
-    """Blank the values of keys that look like secrets, at any depth."""
+    """Blank the texts under keys that look like secrets, at any depth; numbers (`row_tokens`) stay."""
     if isinstance(values, Mapping):
-        return {name: "***" if _SECRET.search(str(name)) else redact(value) for name, value in values.items()}
+        return {name: "***" if isinstance(value, str) and _SECRET.search(str(name)) else redact(value) for name, value in values.items()}
     return [redact(value) for value in values] if isinstance(values, list | tuple) else values
 
 

@@ -1,6 +1,6 @@
 """The command line over a graph of toy steps, for tests that need a whole process: `python toy_run.py run +stage=all ...`.
 
-`TOY` in the environment is a JSON object: `sleep_s` a counted step waits, `fail` names a step that raises, `full` one that finds the disk full.
+`TOY` in the environment is a JSON object: every count waits `sleep_s`, step `fail` raises, step `full` finds the disk full.
 """
 
 import errno
@@ -48,7 +48,7 @@ def toy(context, job):
     level = {"base": 1, "sft": 6, "grpo": 9, "warmup": 4, "distill": 9}[kind]
     passed = [int(i % 10 < level) for i in range(200)]
     found = {"pass@1": sum(passed) / 200, "n": 200, "ci95": [level / 10 - 0.05, min(1.0, level / 10 + 0.05)], "passed": passed}
-    return {"evaluation": {name: found for name in ([domain] if domain else ["math", "code", "agent"])}, "tokens": 1000, "steps": job.steps}
+    return {"evaluation": dict.fromkeys([domain] if domain else ["math", "code", "agent"], found), "tokens": 1000, "steps": job.steps}
 
 
 def toy_steps(config):
