@@ -18,8 +18,9 @@ from rich.text import Text
 
 from runtime.tracking import PROGRESS
 
-if TYPE_CHECKING:  # execute draws in the stages; only its types are named here
+if TYPE_CHECKING:  # both draw in what `plan` must not wait for; only types are named here
     from pipeline.execute import Outcome, Settings
+    from runtime.cluster import ClusterInfo
 
 PLAIN_EVERY_S = 10.0
 STYLES = {"waiting": "dim", "running": "bold cyan", "done": "green", "reused": "blue", "failed": "bold red"}
@@ -73,11 +74,13 @@ class Live:
         self._note = text
         self._say(text)
 
-    def cluster_started(self, dashboard_url: str, *, cpus: float, gpus: float, width: int) -> None:
-        """Say where Ray's dashboard is and how many steps run side by side."""
+    def cluster_started(self, info: ClusterInfo, *, width: int) -> None:
+        """Say where Ray's dashboard is, how to get into it, and how many steps run side by side."""
         self._note = ""
-        self.console.print(f"[dim]dashboard[/dim]  {dashboard_url or 'off'}", highlight=False)
-        resources = f"{cpus:g} CPUs, {gpus:g} GPUs: up to {width} steps side by side"
+        self.console.print(f"[dim]dashboard[/dim]  {info.dashboard_url or 'off'}", highlight=False)
+        if info.dashboard_url and info.token_command:
+            self.console.print(f"           [dim]its token:[/dim] {info.token_command}", highlight=False, soft_wrap=True)
+        resources = f"{info.cpus:g} CPUs, {info.gpus:g} GPUs: up to {width} steps side by side"
         self.console.print(f"[dim]resources[/dim]  {resources}", highlight=False)
 
     def started(self, name: str) -> None:

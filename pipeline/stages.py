@@ -47,27 +47,27 @@ class Step:
 
 # Imported inside: the loops load torch, which planning must not wait for.
 def _pretrain(context: StepContext, job: PretrainJob) -> dict[str, Any]:
-    from experts import pretrain
+    from experts.pretrain import run
 
-    return pretrain.run(context, job)
+    return run(context, job)
 
 
 def _sft(context: StepContext, job: SftJob) -> dict[str, Any]:
-    from experts import sft
+    from experts.sft import run
 
-    return sft.run(context, job)
+    return run(context, job)
 
 
 def _grpo(context: StepContext, job: GrpoJob) -> dict[str, Any]:
-    from rl import loop
+    from rl.loop import run
 
-    return loop.run(context, job)
+    return run(context, job)
 
 
 def _distill(context: StepContext, job: DistillJob) -> dict[str, Any]:
-    from distill import loop
+    from distill.loop import run
 
-    return loop.run(context, job)
+    return run(context, job)
 
 
 def steps(config: RunConfig) -> list[Step]:

@@ -203,7 +203,7 @@ def _start_ray(config: RunConfig, workflow: Workflow, settings: Settings) -> Non
     if config.cluster.gpus_per_rank > 0:
         fits.append(info.gpus // (config.cluster.expert_ranks * config.cluster.gpus_per_rank))
     workflow.width = min([*map(int, fits), *([config.cluster.parallel_steps] if config.cluster.parallel_steps else [])])
-    workflow.live.cluster_started(info.dashboard_url, cpus=info.cpus, gpus=info.gpus, width=workflow.width)
+    workflow.live.cluster_started(info, width=workflow.width)
 
 
 def _settings(config: RunConfig) -> Settings:

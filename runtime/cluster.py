@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from runtime.spec import EngineSpec
 RANK_TIMEOUT_S = 3600.0
 """Longest that one call on the ranks may take before it is given up with an error."""
 
+PORTS_TRIED = 100
+"""Ports looked at for the dashboard, from the configured one on."""
+
 
 class ClusterError(ValueError):
     """The cluster cannot hold what the configuration asks for."""
@@ -29,11 +33,13 @@ class ClusterInfo:
 
     Attributes:
         dashboard_url: address of the dashboard, "" without one.
+        token_command: prints the token that the dashboard asks for, "" where it asks for none.
         cpus: CPUs that Ray may hand out.
         gpus: GPUs that Ray may hand out.
     """
 
     dashboard_url: str
+    token_command: str
     cpus: float
     gpus: float
 
@@ -42,8 +48,10 @@ def start(config: ClusterConfig, run_dir: Path) -> ClusterInfo:
     """Start Ray on this machine, or join a running cluster, and check that one step's ranks fit.
 
     Raises:
-        ClusterError: the resources asked for exceed what there is; names both.
+        ClusterError: the resources asked for exceed what there is, or there is no such cluster; names both.
     """
+    # Ray announces token authentication on the terminal; the caller says it beside the dashboard's address.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if config.address == "local":
@@ -51,16 +59,19 @@ def start(config: ClusterConfig, run_dir: Path) -> ClusterInfo:
             "address": "local",
             "include_dashboard": config.dashboard,
             "dashboard_host": "127.0.0.1",
-            "dashboard_port": config.dashboard_port,
+            "dashboard_port": _free_port(config.dashboard_port) if config.dashboard else None,
             "object_store_memory": 256 * 2**20,
             "_node_ip_address": "127.0.0.1",
         }
     else:
         options["address"] = config.address
-    context = ray.init(**options)
+    try:
+        context = ray.init(**options)
+    except ConnectionError as error:
+        raise ClusterError(f"cluster.address: got {config.address!r}, but no Ray cluster answers there ({error})") from error
     url = context.dashboard_url
     have = ray.cluster_resources()
-    info = ClusterInfo(f"http://{url}" if url else "", have.get("CPU", 0.0), have.get("GPU", 0.0))
+    info = ClusterInfo(f"http://{url}" if url else "", _token_command(), have.get("CPU", 0.0), have.get("GPU", 0.0))
     wanted_cpus, wanted_gpus = config.ranks * config.cpus_per_rank, config.ranks * config.gpus_per_rank
     if wanted_cpus > info.cpus or wanted_gpus > info.gpus:
         stop()
@@ -75,6 +86,24 @@ def start(config: ClusterConfig, run_dir: Path) -> ClusterInfo:
 def stop() -> None:
     """Leave Ray, and end it where `start` started it."""
     ray.shutdown()
+
+
+def _free_port(first: int) -> int:
+    """Return the first free port from `first` on: another run on this machine may have the configured one."""
+    for port in range(first, first + PORTS_TRIED):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ClusterError(f"cluster.dashboard_port: got {first}, but ports {first} to {first + PORTS_TRIED - 1} are all taken")
+
+
+def _token_command() -> str:
+    """Return the command that prints the dashboard's token; Ray turns authentication on unless `RAY_AUTH_MODE` says otherwise."""
+    return "" if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" else f"{Path(sys.executable).with_name('ray')} get-auth-token"
 
 
 class _Rank:
