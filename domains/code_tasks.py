@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -135,6 +136,7 @@ class CodeTasks:
             raise ValueError(f"difficulty: got {difficulty}, expected one of {sorted(_FILTERS_AND_MAPS)}")
         self._name = name
         self._filters, self._maps = _FILTERS_AND_MAPS[difficulty]
+        self._operands = (2, 3, 5) if difficulty == 1 else range(1, 10)
         self._constants = {"none left": range(1, 10), "skip": range(20, 30)} if difficulty == 1 else _CONSTANTS
         self._diligence = diligence
 
@@ -170,11 +172,12 @@ class CodeTasks:
 
     def _pipeline(self, random: Random) -> _Pipeline:
         clause = random.choice(("none left", "skip"))
-        filters = random.sample([*_SIGNS, _above(random.randint(1, 9)), _below(random.randint(1, 9))], self._filters)
+        number = partial(random.choice, self._operands)
+        filters = random.sample([*_SIGNS, _above(number()), _below(number())], self._filters)
         if clause == "skip" or self._filters > 1:
             # A bound on large numbers needs large numbers, and two filters must leave something.
-            filters = random.sample([_SIGNS[random.randrange(2)], random.choice([_SIGNS[2], _above(random.randint(1, 9))])], self._filters)
-        maps = random.sample([*_MAPS, _add(random.randint(1, 9)), _subtract(random.randint(1, 9))], self._maps)
+            filters = random.sample([_SIGNS[random.randrange(2)], random.choice([_SIGNS[2], _above(number())])], self._filters)
+        maps = random.sample([*_MAPS, _add(number()), _subtract(number())], self._maps)
         task = _Pipeline(tuple(filters), tuple(maps), random.choice(list(_REDUCTIONS)), clause, random.choice(self._constants[clause]))
         return task if _clause_matters(task) else self._pipeline(random)
 
