@@ -154,36 +154,15 @@ def _distill_problems(config: RunConfig) -> list[str]:
     return found
 
 
-_AT_LEAST: dict[str, float] = dict.fromkeys(
-    ["steps", "tokens_per_step", "demonstrations", "save_every", "prompts_per_step", "samples_per_prompt", "train_prompts", "prompts"]
-    + [
-        "max_new_tokens",
-        "max_turns",
-        "row_tokens",
-        "ranks",
-        "expert_ranks",
-        "threads_per_rank",
-        "updates_per_rollout",
-        "chunk_tokens",
-        "slots",
-        "memory_mib",
-        "difficulty",
-    ],
-    1.0,
-) | dict.fromkeys(
-    [
-        "warmup_steps",
-        "weight_decay",
-        "final_lr_ratio",
-        "gpus_per_rank",
-        "parallel_steps",
-        "temperature",
-        "kl_weight",
-        "off_policy_mask_nats",
-    ]
-    + ["balance_loss_weight", "router_bias_speed", "mtp_loss_weight", "seed", "dashboard_port"],
-    0.0,
+_FROM_ONE = (
+    "steps tokens_per_step demonstrations save_every prompts_per_step samples_per_prompt train_prompts prompts max_new_tokens max_turns "
+    "row_tokens ranks expert_ranks threads_per_rank updates_per_rollout chunk_tokens slots memory_mib difficulty"
 )
+_FROM_ZERO = (
+    "warmup_steps weight_decay final_lr_ratio gpus_per_rank parallel_steps temperature kl_weight off_policy_mask_nats balance_loss_weight "
+    "router_bias_speed mtp_loss_weight seed dashboard_port"
+)
+_AT_LEAST = dict.fromkeys(_FROM_ONE.split(), 1.0) | dict.fromkeys(_FROM_ZERO.split(), 0.0)
 _ABOVE_ZERO = {"cpus_per_rank", "lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
 _SHARES = {"diligence", "base_diligence", "infrastructure_limit", "momentum"}
 

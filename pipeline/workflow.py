@@ -119,7 +119,12 @@ class Workflow:
                 tasks.submit(step, {need: self.outcomes[need].path for need in step.needs})
             if not running:
                 break
-            for step, outcome in tasks.wait(POLL_S):
+            try:
+                ended = tasks.wait(POLL_S)
+            except KeyboardInterrupt:
+                tasks.cancel()
+                raise
+            for step, outcome in ended:
                 running.remove(step.name)
                 if isinstance(outcome, Exception):
                     failed.append((step, outcome))

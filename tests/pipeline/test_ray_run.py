@@ -98,13 +98,12 @@ def test_a_failed_step_is_explained_and_the_others_are_kept(finished):
     assert "sft-math: goes on from" in error and "base: done" in error
 
 
-def test_an_interrupt_leaves_130_and_says_that_the_command_resumes(finished):
-    outputs, _ = finished
-    process = start(outputs, "base.steps=90", "run=interrupted", sleep_s=0.2)
-    wait_for_count(outputs, 2)
+def test_an_interrupt_leaves_130_and_says_that_the_command_resumes(tmp_path):
+    process = start(tmp_path, "base.steps=90", sleep_s=0.2)
+    wait_for_count(tmp_path, 2)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on where it stopped" in error
-    events = [json.loads(line)["event"] for line in (outputs / "runs" / "interrupted" / "journal.jsonl").read_text().splitlines()]
+    events = [json.loads(line)["event"] for line in (tmp_path / "runs" / "all" / "journal.jsonl").read_text().splitlines()]
     assert events[-1] == "interrupted"
