@@ -12,8 +12,9 @@ from rich.text import Text
 from pipeline import stages
 from pipeline.artifacts import Store
 from pipeline.config import RunConfig
-from pipeline.live import duration, read_progress
+from pipeline.live import duration
 from pipeline.stages import Step
+from runtime.checkpoint import FOLDER, newest_step
 
 SHOWN = 4
 
@@ -24,7 +25,7 @@ class Planned:
 
     Attributes:
         step: the step.
-        state: `done`, `resumable at 12/40`, or `to do`.
+        state: `done`, `resumable at step 12`, or `to do`.
         why: the artifact that is reused, or what sets the step apart from the nearest one.
         elapsed_s: what it took when it, or its nearest, was made; None when never.
     """
@@ -51,9 +52,10 @@ def _planned(step: Step, store: Store) -> Planned:
         why = f"{near[0].path.name} is damaged"
     workdir = store.workdir(step.name, step.key)
     if workdir.is_dir():
-        state = read_progress(workdir)
-        at = f" at {state['done']}/{state['total']}" + (f" ({state['note']})" if state["note"] else "") if state else ""
-        return Planned(step, f"resumable{at}", f"interrupted, goes on in .work/{workdir.name}", elapsed_s)
+        saved = newest_step(workdir / FOLDER)
+        if saved is not None:
+            return Planned(step, f"resumable at step {saved}", f"interrupted, goes on in .work/{workdir.name}", elapsed_s)
+        why = "interrupted before its first checkpoint"
     return Planned(step, "to do", why, elapsed_s)
 
 

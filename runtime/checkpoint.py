@@ -17,6 +17,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+FOLDER = "checkpoints"
+"""Where a step's checkpoints lie in its work directory."""
+
 MANIFEST = "MANIFEST.json"
 KEPT = 2
 """Committed checkpoints that stay; an older one goes only after a newer one verified."""
@@ -66,6 +69,11 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         return path, json.loads((path / "state.json").read_text())
     return None
+
+
+def newest_step(directory: Path) -> int | None:
+    """Return the optimizer steps done at the newest checkpoint, unverified, for whoever only looks; None where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in directory.glob("step-??????")), default=None)
 
 
 def seal(directory: Path, about: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(self, group: Group, *, workdir: Path) -> None:
         """Wrap the ranks; checkpoints go to `workdir / "checkpoints"`."""
-        self.group, self.checkpoints = group, workdir / "checkpoints"
+        self.group, self.checkpoints = group, workdir / checkpoint.FOLDER
 
     def forward_backward(self, batches: Sequence[Batch], loss: LossSpec) -> dict[str, float]:
         """Accumulate the gradient of the mean loss over all targets of all rows.
