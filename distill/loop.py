@@ -17,7 +17,7 @@ from distill.teachers import refuse_foreign_teachers
 from domains.catalog import make_domain
 from domains.types import Domain, Prompt
 from runtime.batch import PackedSample, pack
-from runtime.evaluate import evaluate
+from runtime.evaluate import evaluate_all
 from runtime.ranks import running_ranks
 from runtime.rollout import Rollout
 from runtime.schedule import learning_rate
@@ -36,11 +36,7 @@ def run(context: StepContext, job: DistillJob) -> dict[str, Any]:
     spec = EngineSpec(model=str(start), optimizer=job.distill.optimizer, domains=job.domains, frozen=frozen)
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, rollout, domains, job)
-        evaluation = {}
-        for done, (name, domain) in enumerate(domains.items()):
-            context.tracker.progress(done, len(domains), "evaluating")
-            sampling = job.domains[name].sampling
-            evaluation[name] = evaluate(rollout, domain, prompts=job.evaluation.prompts, sampling=sampling, seed=context.seed)
+        evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)
         trainer.export(context.artifact)
     for domain in domains.values():
         domain.close()

@@ -192,7 +192,7 @@ class AgentTasks:
         return [_said("Quick.", "", _call("cancel_order", order_id=guess)), missing, _said("Done.", f"Cancelled {guess}.")]
 
     def _document(self, random: Random) -> str:
-        errands = []
+        errands: list[_Errand] = []
         while len(errands) < 2:
             if split_of((errand := self._errand(random)).key) == "train":
                 errands.append(errand)

@@ -11,7 +11,7 @@ from experts.job import SftJob
 from experts.supervised import train
 from model.tokenizer import Tokenizer
 from runtime.batch import PackedSample
-from runtime.evaluate import evaluate
+from runtime.evaluate import evaluate_all
 from runtime.generation.conversation import demonstration_tokens
 from runtime.ranks import running_ranks
 from runtime.spec import EngineSpec
@@ -27,11 +27,7 @@ def run(context: StepContext, job: SftJob) -> dict[str, Any]:
     spec = EngineSpec(model=str(start), optimizer=config.optimizer, domains=job.domains, train_mtp=config.mtp_loss_weight > 0)
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
-        evaluation = {}
-        for done, (name, domain) in enumerate(domains.items()):
-            context.tracker.progress(done, len(domains), "evaluating")
-            sampling = job.domains[name].sampling
-            evaluation[name] = evaluate(rollout, domain, prompts=job.evaluation.prompts, sampling=sampling, seed=context.seed)
+        evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)
         trainer.export(context.artifact)
     for domain in domains.values():
         domain.close()

@@ -39,10 +39,10 @@ def explain(error: HydraException | OmegaConfBaseException, overrides: list[str]
         options = sorted(path.stem for path in (conf / group).glob("*.yaml")) if group else []
         if isinstance(error, MissingConfigException) and options and any(part not in options for part in value.split(",")):
             return choose(group, next(part for part in value.split(",") if part not in options), options)
-    unknown = [override for override in overrides if "=" in override and not _exists(schema, override, conf)]
+    unknown = [override for override in overrides if ("=" in override or override[0] == "~") and not _exists(schema, override, conf)]
     if unknown and _is_about_a_key(str(error)):
         name, _, value = unknown[0].lstrip("+~").partition("=")
-        return unknown_key(name, value, conf=conf, schema=schema)
+        return unknown_key(name, None if unknown[0][0] == "~" else value, conf=conf, schema=schema)
     if broken := [override for override in overrides if "=" not in override and not override.startswith(("-", "~"))]:
         return f"{broken[0]!r}: expected key=value"
     return _first_sentence(_root(error))
@@ -67,8 +67,8 @@ def keys(schema: DictConfig) -> list[str]:
     return found
 
 
-def unknown_key(name: str, value: str, *, conf: Path, schema: DictConfig) -> str:
-    """Say that no such key exists and which one it may have meant."""
+def unknown_key(name: str, value: str | None, *, conf: Path, schema: DictConfig) -> str:
+    """Say that no such key exists and which one it may have meant; `value` is what it was to be, None when it was to be deleted."""
     known = keys(schema)
     groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
     parent, _, last = name.rpartition(".")
@@ -78,7 +78,8 @@ def unknown_key(name: str, value: str, *, conf: Path, schema: DictConfig) -> str
     near = near or ([] if parent in known else difflib.get_close_matches(name, known + groups, n=1, cutoff=0.6))
     near = near or ([] if parent in known else [tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)])
     if near:
-        return f"unknown key {name!r}, did you mean {'+' if near[0] == 'stage' else ''}{near[0]}={value}?"
+        meant = f"~{near[0]}" if value is None else f"{'+' if near[0] == 'stage' else ''}{near[0]}={value}"
+        return f"unknown key {name!r}, did you mean {meant}?"
     listed = sorted(siblings) or sorted({key.split(".")[0] for key in known})
     where = f" under {parent}" if siblings and parent else ""
     return f"unknown key {name!r}. Valid{where}: {', '.join(listed)}. All keys: python -m pipeline run +stage=all --cfg job"

@@ -64,7 +64,7 @@ def summarize(run: Run) -> dict[str, Any]:
 
     Returns:
         `run`, `stage`, `elapsed_s`, `peak_rss_gib`, `domains` (per domain and level `pass@1`, `n`, `ci95`; `recovery`, `recovery_ci95`,
-        `grpo_gain`, `grpo_gain_ci95`), `mean_recovery`, `steps` (`status`, `elapsed_s`, `tokens`, `artifact`). What the stage did not make
+        `grpo_gain`, `grpo_gain_ci95`), `mean_over_domains` (pass@1 of each step evaluated on all domains), `mean_recovery`, `steps` (`status`, `elapsed_s`, `tokens`, `artifact`). What the stage did not make
         is absent; a recovery without gain to recover is null.
     """
     counted = _counted(run.attempts)
@@ -79,9 +79,20 @@ def summarize(run: Run) -> dict[str, Any]:
         "peak_rss_gib": max((event.get("peak_rss_gib", 0.0) for attempt in counted for event in attempt), default=0.0),
         "peak_pss_gib": max((event.get("peak_pss_gib", 0.0) for attempt in counted for event in attempt), default=0.0),
         "domains": domains,
+        "mean_over_domains": _means(run),
         "mean_recovery": sum(recoveries) / len(recoveries) if recoveries else None,
         "steps": {name: _step(name, manifest, made=name in done) for name, manifest in run.manifests.items()},
     }
+
+
+def _means(run: Run) -> dict[str, float]:
+    """Average pass@1 over all domains for the base, each expert and the student, where a step was evaluated on all of them."""
+    found = {}
+    for name, manifest in run.manifests.items():
+        evaluation = manifest.get("summary", {}).get("evaluation", {})
+        if evaluation.keys() == run.config["domains"].keys():
+            found[name] = sum(level["pass@1"] for level in evaluation.values()) / len(evaluation)
+    return found
 
 
 def _counted(attempts: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
@@ -188,6 +199,9 @@ def _closing(report: dict[str, Any], run_dir: Path) -> RenderableType:
         domains.add_row(Text(name, style="bold"), *levels[:3], gain, Text(levels[3], style="bold"), Text(recovery, style="bold green"))
     if report["mean_recovery"] is not None:
         domains.add_row(Text("mean", style="dim"), "", "", "", "", "", Text(f"{report['mean_recovery']:.1%}", style="bold green"))
+    if len(report["mean_over_domains"]) > 1:
+        means = ", ".join(f"{name} {mean:.1%}" for name, mean in report["mean_over_domains"].items())
+        domains.caption = f"mean over all domains: {means}"
     steps = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for title in ("step", "", "time", "tokens", "memory"):
         steps.add_column(title, justify="right" if title in ("time", "tokens", "memory") else "left", no_wrap=True)

@@ -84,7 +84,8 @@ def steps(config: RunConfig) -> list[Step]:
         sft = SftJob(domains={name: setups[name]}, supervised=specialist.sft, evaluation=config.evaluation)
         graph.add(f"sft-{name}", _sft, sft, needs=("base",))
     for name, specialist in config.domains.items():
-        grpo = GrpoJob(domain=setups[name], grpo=specialist.grpo, evaluation=config.evaluation, start=f"sft-{name}")
+        others = {other: setup for other, setup in setups.items() if other != name}
+        grpo = GrpoJob(domain=setups[name], grpo=specialist.grpo, evaluation=config.evaluation, start=f"sft-{name}", others=others)
         graph.add(f"grpo-{name}", _grpo, grpo, needs=(f"sft-{name}",))
     if config.stage == "experts":
         return graph.steps

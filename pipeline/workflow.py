@@ -118,6 +118,7 @@ class Workflow:
                 self.live.started(step.name)
                 tasks.submit(step, {need: self.outcomes[need].path for need in step.needs})
             if not running:
+                assert failed, "a step can start whenever none runs"
                 break
             try:
                 ended = tasks.wait(POLL_S)

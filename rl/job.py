@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rl.config import GrpoConfig
 from runtime.config import EvaluationConfig
@@ -16,7 +16,8 @@ class GrpoJob:
     Attributes:
         domain: whose prompts and verifier.
         grpo: how it trains.
-        evaluation: how the specialist is evaluated, on its domain.
+        others: the other domains, on which the specialist is evaluated too, so that it can be compared with the student.
+        evaluation: how the specialist is evaluated.
         start: name of the step whose model it starts from, `sft-math`.
     """
 
@@ -24,3 +25,4 @@ class GrpoJob:
     grpo: GrpoConfig
     evaluation: EvaluationConfig
     start: str
+    others: dict[str, DomainSetup] = field(default_factory=dict)

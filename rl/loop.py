@@ -17,7 +17,7 @@ from rl.advantages import group_advantages
 from rl.config import GrpoConfig
 from rl.job import GrpoJob
 from runtime.batch import Batch, PackedSample, pack
-from runtime.evaluate import count_statuses, evaluate
+from runtime.evaluate import count_statuses, evaluate_all
 from runtime.ranks import running_ranks
 from runtime.rollout import Rollout
 from runtime.schedule import learning_rate
@@ -29,21 +29,22 @@ REFERENCE = "reference"
 
 
 def run(context: StepContext, job: GrpoJob) -> dict[str, Any]:
-    """Cultivate one specialist from its SFT checkpoint, evaluate it on held-out prompts, hand it on."""
+    """Cultivate one specialist from its SFT checkpoint, evaluate it on all domains' held-out prompts, hand it on."""
     start, setup = context.inputs[job.start], job.domain
-    domain = make_domain(setup.name, setup.domain, context.sandbox)
+    setups = {setup.name: setup} | job.others
+    domains = {name: make_domain(name, s.domain, context.sandbox) for name, s in setups.items()}
     frozen = {REFERENCE: str(start)} if job.grpo.kl_weight > 0 else {}
-    spec = EngineSpec(model=str(start), optimizer=job.grpo.optimizer, domains={setup.name: setup}, frozen=frozen)
+    spec = EngineSpec(model=str(start), optimizer=job.grpo.optimizer, domains=setups, frozen=frozen)
     with running_ranks(context, spec) as (
         trainer,
         rollout,
     ):
-        tokens = train(context, trainer, rollout, domain, job)
-        context.tracker.progress(0, 1, "evaluating")
-        evaluation = evaluate(rollout, domain, prompts=job.evaluation.prompts, sampling=setup.sampling, seed=context.seed)
+        tokens = train(context, trainer, rollout, domains[setup.name], job)
+        evaluation = evaluate_all(context, rollout, domains, setups, prompts=job.evaluation.prompts)
         trainer.export(context.artifact)
-    domain.close()
-    return {"evaluation": {setup.name: evaluation}, "tokens": tokens, "steps": job.grpo.steps}
+    for domain in domains.values():
+        domain.close()
+    return {"evaluation": evaluation, "tokens": tokens, "steps": job.grpo.steps}
 
 
 def train(context: StepContext, trainer: Trainer, rollout: Rollout, domain: Domain, job: GrpoJob) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from domains.types import Domain, Verdict
 from runtime.config import SamplingConfig
 from runtime.rollout import Rollout
+from runtime.step import DomainSetup, StepContext
 
 
 def evaluate(rollout: Rollout, domain: Domain, *, prompts: int, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
@@ -33,6 +34,17 @@ def evaluate(rollout: Rollout, domain: Domain, *, prompts: int, sampling: Sampli
         "tokens": sum(sum(s.sampled) for s in samples),
         "statuses": count_statuses(verdicts),
     }
+
+
+def evaluate_all(
+    context: StepContext, rollout: Rollout, domains: Mapping[str, Domain], setups: Mapping[str, DomainSetup], *, prompts: int
+) -> dict[str, Any]:
+    """Evaluate on several domains, reporting progress; returns domain name to what `evaluate` returns."""
+    found = {}
+    for done, (name, domain) in enumerate(domains.items()):
+        context.tracker.progress(done, len(domains), "evaluating")
+        found[name] = evaluate(rollout, domain, prompts=prompts, sampling=setups[name].sampling, seed=context.seed)
+    return found
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

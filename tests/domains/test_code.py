@@ -42,9 +42,9 @@ def verdict(domain, content, prompt=DOUBLE):
 
 
 def test_splits_are_disjoint(domain):
-    train = {p.messages[0]["content"] for p in domain.prompts("train", 2000, seed=0)}
-    heldout = {p.messages[0]["content"] for p in domain.prompts("heldout", 2000, seed=0)}
-    assert len(train) == len(heldout) == 2000
+    train = {p.messages[0]["content"] for p in domain.prompts("train", 1500, seed=0)}
+    heldout = {p.messages[0]["content"] for p in domain.prompts("heldout", 1500, seed=0)}
+    assert len(train) == len(heldout) == 1500
     assert not train & heldout
     assert domain.prompts("train", 20, seed=0) == domain.prompts("train", 40, seed=0)[:20]
 
@@ -76,9 +76,13 @@ def test_demonstrations_in_the_sandbox(domain):
     assert 4 < sum(careful) < 20
 
 
-def test_documents_hold_no_specification(domain):
-    assert domain.documents(20, seed=0) == domain.documents(30, seed=0)[:20]
-    assert not any("Write" in text for text in domain.documents(100, seed=0))
+def test_documents_hold_no_heldout_specification_and_nothing_of_a_chat(domain):
+    documents = domain.documents(3000, seed=0)
+    assert documents[:20] == domain.documents(20, seed=0)
+    text = "\n".join(documents)
+    assert "```" not in text and "Check" not in text
+    assert not any(p.messages[0]["content"] in text for p in domain.prompts("heldout", 1000, seed=0))
+    assert any(p.messages[0]["content"] in text for p in domain.prompts("train", 1000, seed=0))
 
 
 def test_a_right_program(domain):
