@@ -64,8 +64,8 @@ def summarize(run: Run) -> dict[str, Any]:
 
     Returns:
         `run`, `stage`, `elapsed_s`, `peak_rss_gib`, `domains` (per domain and level `pass@1`, `n`, `ci95`; `recovery`, `recovery_ci95`,
-        `grpo_gain`, `grpo_gain_ci95`), `mean_over_domains` (pass@1 of each step evaluated on all domains), `mean_recovery`, `steps` (`status`, `elapsed_s`, `tokens`, `artifact`). What the stage did not make
-        is absent; a recovery without gain to recover is null.
+        `grpo_gain`, `grpo_gain_ci95`), `mean_over_domains` (pass@1 of each step evaluated on all domains), `mean_recovery`, `steps`
+        (`status`, `elapsed_s`, `tokens`, `artifact`). What the stage did not make is absent; a recovery without gain to recover is null.
     """
     counted = _counted(run.attempts)
     domains = {name: _domain(name, run) for name in run.config["domains"]}
