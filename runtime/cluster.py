@@ -19,6 +19,9 @@ from runtime.spec import EngineSpec
 RANK_TIMEOUT_S = 3600.0
 """Longest that one call on the ranks may take before it is given up with an error."""
 
+CONNECT_S = 5.0
+"""Longest wait for a cluster's address to take a connection."""
+
 PORTS_TRIED = 100
 """Ports looked at for the dashboard, from the configured one on."""
 
@@ -64,6 +67,7 @@ def start(config: ClusterConfig, run_dir: Path) -> ClusterInfo:
             "_node_ip_address": "127.0.0.1",
         }
     else:
+        _reach(config.address)
         options["address"] = config.address
     try:
         context = ray.init(**options)
@@ -72,20 +76,32 @@ def start(config: ClusterConfig, run_dir: Path) -> ClusterInfo:
     url = context.dashboard_url
     have = ray.cluster_resources()
     info = ClusterInfo(f"http://{url}" if url else "", _token_command(), have.get("CPU", 0.0), have.get("GPU", 0.0))
-    wanted_cpus, wanted_gpus = config.ranks * config.cpus_per_rank, config.ranks * config.gpus_per_rank
-    if wanted_cpus > info.cpus or wanted_gpus > info.gpus:
-        stop()
-        raise ClusterError(
-            f"cluster: {config.ranks} ranks x ({config.cpus_per_rank} CPUs, {config.gpus_per_rank:g} GPUs) = {wanted_cpus} CPUs and "
-            f"{wanted_gpus:g} GPUs asked for, but Ray has {info.cpus:g} CPUs and {info.gpus:g} GPUs; "
-            "lower cluster.ranks, cluster.cpus_per_rank or cluster.gpus_per_rank, or give the address of a larger cluster"
-        )
+    for name, ranks in (("ranks", config.ranks), ("expert_ranks", config.expert_ranks)):
+        wanted_cpus, wanted_gpus = ranks * config.cpus_per_rank, ranks * config.gpus_per_rank
+        if wanted_cpus > info.cpus or wanted_gpus > info.gpus:
+            stop()
+            raise ClusterError(
+                f"cluster.{name}: {ranks} ranks x ({config.cpus_per_rank:g} CPUs, {config.gpus_per_rank:g} GPUs) = "
+                f"{wanted_cpus:g} CPUs and {wanted_gpus:g} GPUs asked for, but Ray has {info.cpus:g} CPUs and {info.gpus:g} GPUs; "
+                f"lower cluster.{name}, cluster.cpus_per_rank or cluster.gpus_per_rank, or give the address of a larger cluster"
+            )
     return info
 
 
 def stop() -> None:
     """Leave Ray, and end it where `start` started it."""
     ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Refuse at once an address where nothing listens: Ray itself would try for half a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():  # `auto`, which Ray answers at once
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise ClusterError(f"cluster.address: got {address!r}, but nothing answers there ({error})") from error
 
 
 def _free_port(first: int) -> int:

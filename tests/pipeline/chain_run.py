@@ -1,8 +1,10 @@
 """The command line over steps whose numbers depend on everything before them, without Ray: `python chain_run.py run +stage=all ...`.
 
-`CHAIN_KILL` in the environment is `step:count`: the process is killed there, as by `kill -9`, once in an output directory.
+`CHAIN_KILL` in the environment is `step:count`: the process is killed there, as by `kill -9`, once in an output directory. `CHAIN_FULL`
+names a step that finds the disk full after its first checkpoint.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -36,6 +38,8 @@ def chain(context, job):
             checkpoint.commit(
                 checkpoints, step + 1, write=lambda d, text=weights: (d / "weights").write_text(text) and None, state={"value": value}
             )
+        if step == SAVE_EVERY and context.name == os.environ.get("CHAIN_FULL"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (context.artifact / "value").write_text(str(value))
     passed = [value >> bit & 1 for bit in range(PROMPTS)]
     found = {"pass@1": sum(passed) / PROMPTS, "n": PROMPTS, "ci95": [0.0, 1.0], "passed": passed}
@@ -62,7 +66,10 @@ class Here:
 
     def wait(self, timeout_s):
         step, inputs = self.waiting.pop(0)
-        return [(step, execute(step, inputs, self.settings))]
+        try:
+            return [(step, execute(step, inputs, self.settings))]
+        except OSError as error:
+            return [(step, error)]
 
     def cancel(self):
         self.waiting.clear()

@@ -38,6 +38,7 @@ def call(monkeypatch, capsys, tmp_path):
         (["plan", "+stage=all", "domains.mth.grpo.steps=3"], "did you mean domains.math.grpo.steps=3?"),
         (["plan", "+stage=all", "+domains.math.domain.foo=3"], "Valid under domains.math.domain: "),
         (["plan", "+stage=all", "domains.math.grpo.steps=abc"], "domains.math.grpo.steps: Value 'abc'"),
+        (["plan", "+stage=all", "~domains.cod"], "unknown key 'domains.cod', did you mean ~domains.code?"),
         (["plan", "+stage=all", "seed"], "'seed': expected key=value"),
         (["plan", "seed=1"], "stage: missing, add one of +stage=base"),
         (["plan", "+stage=all", "tracking.wandb=offlin"], "tracking.wandb: unknown 'offlin', did you mean 'offline'?"),

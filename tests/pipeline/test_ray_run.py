@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 TOY_RUN = Path(__file__).parent / "toy_run.py"
@@ -45,8 +46,13 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     outputs = tmp_path_factory.mktemp("ray")
     killed = start(outputs, "base.steps=50", sleep_s=0.3)
     wait_for_count(outputs, 3)
+    left = [
+        p for p in psutil.Process(killed.pid).children(recursive=True) if not p.name().endswith("Agent")
+    ]  # Ray's own say farewell for 60 s
     killed.kill()
     killed.communicate()
+    assert len(left) > 3
+    assert not psutil.wait_procs(left, timeout=20)[1]
     again = start(outputs, "base.steps=50")
     out, error = again.communicate(timeout=120)
     assert again.returncode == 0, error
@@ -107,3 +113,19 @@ def test_an_interrupt_leaves_130_and_says_that_the_command_resumes(tmp_path):
     assert "the same command goes on where it stopped" in error
     events = [json.loads(line)["event"] for line in (tmp_path / "runs" / "all" / "journal.jsonl").read_text().splitlines()]
     assert events[-1] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.expert_ranks=64", "cluster.expert_ranks: 64 ranks x"),
+        ("cluster.address=127.0.0.1:1", "cluster.address: got '127.0.0.1:1', but nothing answers there"),
+    ],
+    ids=["more than there is", "nothing there"],
+)
+def test_a_cluster_that_cannot_hold_the_run_is_refused(tmp_path, override, said):
+    process = start(tmp_path, override)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert "started, log" not in out

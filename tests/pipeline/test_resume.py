@@ -11,7 +11,7 @@ import pytest
 PROGRAM = Path(__file__).parent / "chain_run.py"
 
 
-def call(outputs: Path, verb: str, *, kill: str = "") -> subprocess.CompletedProcess:
+def call(outputs: Path, verb: str, *, kill: str = "", full: str = "") -> subprocess.CompletedProcess:
     """Run the command line over a chain of dependent numbers."""
     arguments = [
         sys.executable,
@@ -23,7 +23,7 @@ def call(outputs: Path, verb: str, *, kill: str = "") -> subprocess.CompletedPro
         "~domains.code",
         "~domains.agent",
     ]
-    environment = os.environ | {"CHAIN_KILL": kill}
+    environment = os.environ | {"CHAIN_KILL": kill, "CHAIN_FULL": full}
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -46,8 +46,9 @@ def uninterrupted(tmp_path_factory) -> dict:
 def test_kills_in_every_stage_change_no_number(tmp_path, uninterrupted):
     for step in ("base", "sft-math", "grpo-math", "distill"):
         assert call(tmp_path, "run", kill=f"{step}:4").returncode == -9
-        said = call(tmp_path, "plan").stdout
-        assert next(line for line in said.splitlines() if line.startswith(step)).split()[1:5] == ["resumable", "at", "step", "3"]
+    said = call(tmp_path, "plan").stdout
+    states = {line.split()[0]: line.split()[1:5] for line in said.splitlines() if line[:1].isalpha()}
+    assert states["base"][0] == "done" and states["distill"] == ["resumable", "at", "step", "3"]
     assert call(tmp_path, "run").returncode == 0
     assert numbers(tmp_path) == uninterrupted
     for path in tmp_path.glob("artifacts/*/metrics.jsonl"):
@@ -70,3 +71,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     assert call(tmp_path, "run").returncode == 0
     assert numbers(tmp_path) == uninterrupted
     assert "damaged" in (tmp_path / "runs" / "all" / "logs" / "base.log").read_text()
+
+
+def test_a_full_disk_is_named_with_what_was_kept(tmp_path, uninterrupted):
+    done = call(tmp_path, "run", full="sft-math")
+    assert done.returncode == 1
+    assert "error: step sft-math failed: OSError: [Errno 28] No space left on device" in done.stderr
+    assert "is full; free some space, nothing half-written was committed" in done.stderr
+    assert "base: done" in done.stderr and "sft-math: goes on from" in done.stderr
+    assert "warmup: done" in done.stderr, "what ran beside it was finished"
+    assert not list(tmp_path.glob("artifacts/grpo-*"))
+    assert call(tmp_path, "run").returncode == 0
+    assert numbers(tmp_path) == uninterrupted
