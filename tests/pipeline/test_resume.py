@@ -1,5 +1,6 @@
 """A run that is killed in the middle of every stage ends with the numbers of one that is not; no Ray here."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -83,3 +84,13 @@ def test_a_full_disk_is_named_with_what_was_kept(tmp_path, uninterrupted):
     assert not list(tmp_path.glob("artifacts/grpo-*"))
     assert call(tmp_path, "run").returncode == 0
     assert numbers(tmp_path) == uninterrupted
+
+
+def test_the_same_run_twice_at_once_is_refused(tmp_path):
+    folder = tmp_path / "runs" / "all"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = call(tmp_path, "run")
+    assert done.returncode == 2
+    assert done.stderr == f"error: run: {folder} is being made by another process; wait for it, or give this one a name: run=...\n"
