@@ -51,10 +51,10 @@ main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; letter-spacing: -0.02em; margin: 0 0 4px; }
 h2 { font-size: 16px; margin: 0 0 12px; }
 .sub { color: #6b7485; margin: 0 0 28px; }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin-bottom: 16px; }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-bottom: 16px; }
 .two { grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); }
 .card { background: #fff; border: 1px solid #e6e9ef; border-radius: 14px; padding: 20px 22px; }
-.big { font-size: 34px; font-weight: 650; letter-spacing: -0.02em; line-height: 1.15; }
+.big { font-size: 27px; white-space: nowrap; font-weight: 650; letter-spacing: -0.02em; line-height: 1.15; }
 .label { color: #6b7485; font-size: 13px; }
 .good { color: #0f8a67; }
 .wide { margin-bottom: 16px; }
