@@ -16,9 +16,9 @@ def write_fresh_model(directory: Path, config: ModelConfig, tokenizer: Tokenizer
     The vocabulary is cut to what the tokenizer really learned, so that no token without a spelling can be sampled.
     """
     import torch  # heavy; the loops of the other steps do without
-    from model.transformer import Transformer
 
     from model import weights
+    from model.transformer import Transformer
 
     temporary = directory.with_name(directory.name + ".tmp")
     temporary.mkdir(exist_ok=True)

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from model.cache import Cache
-from model.transformer import Transformer
 from torch import Tensor
 
 from domains.catalog import make_domain
 from domains.config import SandboxConfig
 from domains.types import Domain, Environment, Message, Prompt, Sample
+from model.cache import Cache
 from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation.conversation import continuation_tokens, parse_turn, prompt_tokens
 from runtime.generation.sampler import choose, uniforms
