@@ -1,12 +1,14 @@
-"""Mixture of experts: a shared expert, and routed ones chosen by a learned score or by the token's id."""
+"""Feed-forward networks: dense, or a shared expert beside routed ones chosen by a learned score or by the token's id."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import ModelConfig
+from model.config import AnyConfig
 from model.kernels.experts.op import routed_experts, swiglu
 from model.layout import PackedRow
 from model.linear import linear
@@ -18,7 +20,8 @@ _HASH_SEED = 20260424
 class Gate(nn.Module):
     """Choose the experts of each token and weigh them by the learned score.
 
-    s = sqrt(softplus(x W^T)); experts = the A highest of s + bias, or `tid2eid[token]`; weights = s / sum s * scaling.
+    s = sqrt(softplus(x W^T)) or sigmoid(x W^T); experts = the A highest of s + bias, of the best groups only where there are groups, or
+    `tid2eid[token]`; weights = s / sum s * scaling.
 
     Attributes:
         weight: [E, D].
@@ -26,18 +29,20 @@ class Gate(nn.Module):
         tid2eid: [V, A] int64 buffer of a hash layer.
         load: [E] fp32, tokens that each expert got in training since the last update; not saved.
 
-    Source: v4_spec 4.
+    Source: v4_spec 4; for V3.2 section 2.8.
     """
 
     bias: Tensor | None
     tid2eid: Tensor | None
     load: Tensor
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: AnyConfig, layer: int) -> None:
         super().__init__()
         experts, self.active = config.n_routed_experts, config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         self.scaling, self.normalises = config.routed_scaling_factor, config.norm_topk_prob
+        self.groups, self.kept_groups = config.n_group, config.topk_group
+        self.score = _SCORES[config.scoring_func]
         hashed = layer < config.num_hash_layers
         self.register_buffer("bias", None if hashed else torch.zeros(experts))
         self.register_buffer("tid2eid", _hash_table(config, layer) if hashed else None)
@@ -45,18 +50,28 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [T, D] tokens: experts [T, A] int64, weights [T, A] fp32, scores [T, E] fp32."""
-        scores = functional.softplus(x.float() @ self.weight.float().T).sqrt()
+        scores = self.score(x.float() @ self.weight.float().T)
         if self.tid2eid is not None:
             indices = self.tid2eid[tokens]
         else:
             assert self.bias is not None
-            indices = torch.topk(scores + self.bias, self.active, dim=-1, sorted=False).indices
+            indices = torch.topk(self._within_groups(scores + self.bias), self.active, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
         if self.normalises:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
             self.load += torch.bincount(indices.flatten(), minlength=len(self.load))
         return indices, weights * self.scaling, scores
+
+    def _within_groups(self, scores: Tensor) -> Tensor:
+        """Put -inf outside the `kept_groups` groups whose two best experts have the highest sum; [T, E] to [T, E]."""
+        if self.kept_groups == self.groups:
+            return scores
+        grouped = scores.unflatten(1, (self.groups, -1))
+        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+        kept = best.topk(self.kept_groups, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
+        return grouped.masked_fill(dropped.unsqueeze(2), float("-inf")).flatten(1)
 
     def balance_loss(self, indices: Tensor, scores: Tensor, row: PackedRow) -> Tensor:
         """Compute the sequence-wise balance loss, averaged over the row's samples by their tokens.
@@ -86,7 +101,7 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: AnyConfig) -> None:
         super().__init__()
         experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.w1 = nn.Parameter(torch.empty(experts, inner, width))
@@ -99,15 +114,15 @@ class Experts(nn.Module):
         return routed_experts(x, indices, weights, (self.w1, self.w2, self.w3), limit=self.limit)
 
 
-class SharedExpert(nn.Module):
-    """The expert that every token passes: w2(silu(min(w1 x, l)) * clamp(w3 x, -l, l))."""
+class MLP(nn.Module):
+    """The feed-forward network that every token passes, dense layer or shared expert: w2(silu(min(w1 x, l)) * clamp(w3 x, -l, l))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, inner: int, limit: float) -> None:
         super().__init__()
-        self.w1 = linear(config.hidden_size, config.moe_intermediate_size)
-        self.w2 = linear(config.moe_intermediate_size, config.hidden_size)
-        self.w3 = linear(config.hidden_size, config.moe_intermediate_size)
-        self.limit = config.swiglu_limit
+        self.w1 = linear(width, inner)
+        self.w2 = linear(inner, width)
+        self.w3 = linear(width, inner)
+        self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
@@ -117,11 +132,12 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     """The feed-forward sub-layer: shared expert plus routed experts."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: AnyConfig, layer: int) -> None:
         super().__init__()
         self.gate = Gate(config, layer)
         self.experts = Experts(config)
-        self.shared_experts = SharedExpert(config)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared, config.swiglu_limit)
 
     def forward(self, x: Tensor, tokens: Tensor, row: PackedRow | None) -> tuple[Tensor, Tensor | None]:
         """Map [T, D] tokens; the balance loss is computed where a packed row is given (not in decoding)."""
@@ -130,7 +146,15 @@ class MoE(nn.Module):
         return out, None if row is None else self.gate.balance_loss(indices, scores, row)
 
 
-def _hash_table(config: ModelConfig, layer: int) -> Tensor:
+def _sqrt_softplus(logits: Tensor) -> Tensor:
+    return functional.softplus(logits).sqrt()
+
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sqrtsoftplus": _sqrt_softplus, "sigmoid": torch.sigmoid}
+"""How a router's logits become scores, by `scoring_func`."""
+
+
+def _hash_table(config: AnyConfig, layer: int) -> Tensor:
     """Draw distinct experts for every token id, [V, A] int64; the same for every model of this shape."""
     generator = torch.Generator().manual_seed(_HASH_SEED + layer)
     draws = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator)

@@ -1,4 +1,4 @@
-"""Interleaved rotary positions on the last dimensions of a head, with YaRN for layers that compress."""
+"""Rotary positions with YaRN: on the last dimensions of a head in adjacent pairs, or on the first ones in halves."""
 
 from __future__ import annotations
 
@@ -8,38 +8,49 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.config import ModelConfig
+from model.config import AnyConfig, RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig, *, compressed: bool) -> Tensor:
-    """Return the angular frequencies of the rotated pairs.
-
-    f_i = theta^(-2i/R); a layer that compresses uses its own theta and the YaRN ramp between `beta_fast` and `beta_slow` turns.
+def inverse_frequencies(config: AnyConfig, *, compressed: bool) -> Tensor:
+    """Return the angular frequencies of the rotated pairs of one kind of layer.
 
     Args:
         config: gives the bases and the YaRN numbers.
-        compressed: True for layers with a compressor (CSA, HCA), False for sliding-window layers and MTP.
+        compressed: True for layers with a compressor (CSA, HCA), False for sliding-window layers and MTP; V3.2 has one kind only.
 
     Returns:
         [R / 2] fp32, radians a position, R = `qk_rope_head_dim`.
+    """
+    base, scaling = config.rope(compressed=compressed)
+    return yarn_frequencies(config.qk_rope_head_dim, base, scaling)
+
+
+def yarn_frequencies(width: int, base: float, scaling: RopeScaling | None) -> Tensor:
+    """Return f_i = base^(-2i/width), slowed down by the YaRN ramp between `beta_fast` and `beta_slow` turns where there is a scaling.
+
+    Args:
+        width: rotated dimensions R.
+        base: theta.
+        scaling: the ramp's numbers; None for plain rotary positions.
+
+    Returns:
+        [R / 2] fp32, radians a position.
 
     Source: released inference code, `precompute_freqs_cis`; YaRN paper eq. 17-23 without the attention temperature.
     """
-    width = config.qk_rope_head_dim
-    base = config.compress_rope_theta if compressed else config.rope_theta
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     frequencies = 1.0 / base**exponents
-    if not compressed or config.rope_scaling.factor == 1.0:
+    if scaling is None or scaling.factor == 1.0:
         return frequencies
-    yarn = config.rope_scaling
+    context = scaling.original_max_position_embeddings
 
     def pair_that_turns(turns: float) -> float:
-        return width * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
 
 
 def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -59,6 +70,25 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         [..., K] a new tensor in the dtype of `x`; the rotation itself in fp32.
     """
     return _Rotate.apply(x, turns) if torch.is_grad_enabled() else _rotated(x, turns)
+
+
+def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the first 2R' dimensions of `x`, where dimension i pairs with i + R', leaving the others as they are.
+
+    Args:
+        x: [..., K] any float dtype.
+        turns: [..., R'] complex, broadcast against the leading dimensions of `x`.
+
+    Returns:
+        [..., K] a new tensor in the dtype of `x`; the rotation itself in fp32.
+
+    Source: released V3.2 inference code, `Indexer`: unlike the attention's, its rotation is not interleaved and comes first.
+    """
+    half = turns.shape[-1]
+    low, high, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    wide_low, wide_high, cos, sin = low.float(), high.float(), turns.real, turns.imag
+    turned = torch.cat([wide_low * cos - wide_high * sin, wide_low * sin + wide_high * cos], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
 
 
 def _rotated(x: Tensor, turns: Tensor) -> Tensor:
