@@ -59,7 +59,9 @@ def train(context: StepContext, trainer: Trainer, rollout: Rollout, domains: Map
             sampling = job.domains[name].sampling
             samples += rollout.generate(prompts_P, sampling, samples=config.samples_per_prompt, stream=stream, version=step)
         sampled = time.monotonic()
-        packed = [PackedSample(s.tokens, s.sampled, teacher=s.prompt.domain) for s in samples if any(s.sampled)]
+        packed = [
+            PackedSample(s.tokens, s.sampled, teacher=s.prompt.domain, shared=s.sampled.index(True)) for s in samples if any(s.sampled)
+        ]
         metrics = trainer.forward_backward(pack(packed, row_tokens=context.engine.row_tokens), spec)
         metrics |= trainer.optim_step(learning_rate(step, config=config.optimizer, steps=config.steps))
         written = sum(sum(s.sampled) for s in samples)

@@ -46,12 +46,12 @@ class Attention(nn.Module):
         """Attend within the samples of a packed row.
 
         Args:
-            x: [T, D] normalised input.
+            x: [U, D] normalised input.
             row: layout.
             cache, plan: where a prefill leaves the keys; both or neither.
 
         Returns:
-            [T, D].
+            [U, D].
         """
         turns = row.turns[bool(self.ratio)]
         latent, q, kv = self._project(x, turns)
@@ -64,8 +64,8 @@ class Attention(nn.Module):
                 plan.put_entries(cache.keys, entries, self.ratio, offset=FRONT + row.window)
         if self.indexer is not None:
             indices = self.indexer(x, latent, row, cache, plan)
-        out = sparse_attention(q, kv, entries, indices, self.attn_sink, row=row, ratio=self.ratio)
-        return self._output(out, turns)
+        out = sparse_attention(row.spread(q), row.spread(kv), entries, indices, self.attn_sink, row=row, ratio=self.ratio)
+        return self._output(row.gather(out), turns)
 
     def decode(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """Attend from one new token a row, [B, D] to [B, D], and put it in the cache."""

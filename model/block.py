@@ -40,22 +40,22 @@ class Block(nn.Module):
 
     def forward(
         self, streams: Tensor, tokens: Tensor, row: PackedRow, cache: LayerCache | None = None, plan: PrefillPlan | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Pass a packed row.
 
         Args:
-            streams: [T, M, D].
-            tokens: [T] int64, for hash routing.
+            streams: [U, M, D].
+            tokens: [U] int64, for hash routing.
             row: layout.
             cache, plan: where a prefill leaves the keys; both or neither.
 
         Returns:
-            streams [T, M, D] and the balance loss [].
+            streams [U, M, D] and the balance loss [], None where samples share tokens: it counts per sample.
         """
         x, post, comb = self._attn_in(streams)
         streams = mix_out(self.attn(x, row, cache, plan), streams, post, comb)
         x, post, comb = self._ffn_in(streams)
-        out, balance = self.ffn(x, tokens, row)
+        out, balance = self.ffn(x, tokens, row if row.source is None else None)
         return mix_out(out, streams, post, comb), balance
 
     def decode(self, streams: Tensor, tokens: Tensor, step: Step, cache: LayerCache) -> Tensor:

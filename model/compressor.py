@@ -36,14 +36,13 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
     def forward(self, x: Tensor, row: PackedRow, state: CompressorState | None = None, plan: PrefillPlan | None = None) -> Tensor:
-        """Compress a packed row [T, D] into its entries [C, K]; in a prefill, leave each sample's tail in `state`."""
+        """Compress a packed row [U, D] into its entries [C, K]; in a prefill (U = T), leave each sample's tail in `state`."""
         entries = row.entries[self.ratio]
         kv, gate = self.wkv(x).float(), self.wgate(x).float()
         if state is not None and plan is not None:
             plan.keep_tail(state, kv, gate + self.ape.float()[row.position % self.ratio])
-        picked = entries.tokens.flatten()
-        kv = kv.index_select(0, picked).view(*entries.tokens.shape, kv.shape[1])  # [C, m, c * K]
-        gate = gate.index_select(0, picked).view(*entries.tokens.shape, gate.shape[1]) + self.ape.float()
+        kv = kv.index_select(0, entries.computed).view(*entries.tokens.shape, kv.shape[1])  # [C, m, c * K]
+        gate = gate.index_select(0, entries.computed).view(*entries.tokens.shape, gate.shape[1]) + self.ape.float()
         if self.overlaps:
             kv, gate = _with_previous(kv), _with_previous(gate)
             gate[:, : self.ratio].masked_fill_(entries.first.view(-1, 1, 1), float("-inf"))  # an infinite gate weighs 0

@@ -47,8 +47,8 @@ class Indexer(nn.Module):
         """Select entries for every token of a packed row.
 
         Args:
-            x: [T, D] the sub-layer's input.
-            latent: [T, R] the normalised query latent shared with the attention.
+            x: [U, D] the sub-layer's input.
+            latent: [U, R] the normalised query latent shared with the attention.
             row: layout.
             cache, plan: where a prefill leaves the index keys.
 
@@ -64,7 +64,7 @@ class Indexer(nn.Module):
         if all_fit:
             return None
         q, weights = self._query(x, latent, row.turns[True])
-        return select(q, keys, weights, row=row, ratio=RATIO, count=self.count)
+        return select(row.spread(q), keys, row.spread(weights), row=row, ratio=RATIO, count=self.count)
 
     def decode(self, x: Tensor, latent: Tensor, step: Step, cache: LayerCache) -> Tensor | None:
         """Take one token a row [B, D]; returns the bias [B, 1, keys] of the selection, None when all entries are visible."""

@@ -22,6 +22,7 @@ class Entries:
         ratio: m, tokens an entry.
         cu: [N + 1] int64, entries before each sample.
         tokens: [C, m] int64, the tokens of each entry.
+        computed: [C * m] int64, where those tokens stand among the computed ones, see `PackedRow.source`.
         first: [C] bool, the entry is its sample's first.
         turns: [C, R / 2] complex64, rotation at the entry's first token.
         base: [T] int64, entries before the sample of each token.
@@ -34,6 +35,7 @@ class Entries:
     ratio: int
     cu: Tensor
     tokens: Tensor
+    computed: Tensor
     first: Tensor
     turns: Tensor
     base: Tensor
@@ -46,15 +48,20 @@ class Entries:
 class PackedRow:
     """The layout of one packed row of N samples and T tokens.
 
+    Samples that begin alike may share those tokens: a token sees only what is before it in its sample, so the same beginning has the same
+    states. Then only U <= T tokens are computed, and the T tokens are spread from them where tokens meet each other: in attention.
+
     Attributes:
+        source: [T] int64, the computed token that each token equals; None when all are computed (U = T).
+        origin: [U] int64, one token of the row for each computed one.
         cu_seqlens: [N + 1] int64.
         sample, position: [T] int64, which sample a token belongs to and where in it.
         entries: compressed entries by compress ratio.
-        turns: rotations [T, R / 2] of sliding-window layers (False) and of layers that compress (True).
+        turns: rotations [U, R / 2] of sliding-window layers (False) and of layers that compress (True).
         block, blocks: queries a block, and how many blocks cover the row; the last may be partly empty.
     """
 
-    def __init__(self, config: ModelConfig, cu_seqlens: Tensor, length: int) -> None:
+    def __init__(self, config: ModelConfig, cu_seqlens: Tensor, length: int, source: Tensor | None = None) -> None:
         cu = cu_seqlens.to(torch.int64)
         lengths = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != length or bool((lengths <= 0).any()):
@@ -66,15 +73,26 @@ class PackedRow:
         self.window = config.sliding_window
         self.sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=length)
         self.position = torch.arange(length, device=device) - cu[self.sample]
+        self.source = source
+        self.origin = None if source is None else _origins(source)
         self.block = min(QUERY_BLOCK, -(-length // 8) * 8)
         self.blocks = -(-length // self.block)
         self.reach = -(-self.window // self.block) * self.block
         """Keys before a query block that its window may reach, a whole number of blocks."""
         ratios = sorted({r for r in config.compress_ratios if r})
         frequencies = {kind: inverse_frequencies(config, compressed=kind) for kind in (False, True)}
-        self.turns = {kind: rotations(self.position, f) for kind, f in frequencies.items() if kind in (False, bool(ratios))}
+        places = self.gather(self.position)
+        self.turns = {kind: rotations(places, f) for kind, f in frequencies.items() if kind in (False, bool(ratios))}
         self.entries = {ratio: self._entries(ratio, frequencies[True]) for ratio in ratios}
         self._biases: dict[tuple[int, int, int], Tensor] = {}
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Give every token of the row its state: [U, ...] to [T, ...]."""
+        return x if self.source is None else x.index_select(0, self.source)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Keep one token's state for each computed token: [T, ...] to [U, ...]."""
+        return x if self.origin is None else x.index_select(0, self.origin)
 
     def _entries(self, ratio: int, frequencies: Tensor) -> Entries:
         device = self.cu_seqlens.device
@@ -91,6 +109,7 @@ class PackedRow:
             ratio=ratio,
             cu=cu,
             tokens=tokens,
+            computed=tokens.flatten() if self.source is None else self.source[tokens.flatten()],
             first=number == 0,
             turns=rotations(number * ratio, frequencies),
             base=cu[self.sample],
@@ -172,3 +191,12 @@ class PackedRow:
         entries = self.entries[ratio]
         rows = entries.start[first:last].unsqueeze(1) + torch.arange(entries.width, device=entries.start.device)
         return rows.clamp(max=max(len(entries.first) - 1, 0))
+
+
+def _origins(source: Tensor) -> Tensor:
+    """Find the first token that each computed token stands for; `source` [T] names every number from 0 to its maximum."""
+    places = torch.arange(len(source), device=source.device)
+    first = places.new_full((int(source.max()) + 1,), len(source)).scatter_reduce_(0, source, places, "amin")
+    if int(first.max()) == len(source):
+        raise ValueError(f"source: no token names {int((first == len(source)).nonzero()[0])}, expected every number up to {len(first) - 1}")
+    return first

@@ -26,13 +26,13 @@ class Hidden(NamedTuple):
 
     Attributes:
         last: [T, D] after the final merge and norm, what the head reads.
-        streams: [T, M, D] residual streams after the last block, what MTP reads.
-        balance_loss: [] fp32, sequence-wise, summed over the scored layers, without its weight.
+        streams: [U, M, D] residual streams after the last block, what MTP reads.
+        balance_loss: [] fp32, sequence-wise, summed over the scored layers, without its weight; None where samples share tokens.
     """
 
     last: Tensor
     streams: Tensor
-    balance_loss: Tensor
+    balance_loss: Tensor | None
 
 
 class Head(nn.Module):
@@ -80,15 +80,18 @@ class Transformer(nn.Module):
             elif parameter.ndim >= 2 and not name.endswith("ape"):
                 parameter.normal_(0, self.config.initializer_range)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Hidden:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, source: Tensor | None = None) -> Hidden:
         """Pass one packed row; no sample sees another.
 
         Args:
             tokens: [T] int64.
             cu_seqlens: [N + 1] int32 or int64, from 0 to T.
+            source: [T] int64, which of U computed tokens each token is; samples that begin with the same tokens may share those, at the
+                same positions. None computes every token.
         """
-        streams, balance = self._streams(tokens, PackedRow(self.config, cu_seqlens, len(tokens)))
-        return Hidden(self._last(streams), streams, balance)
+        row = PackedRow(self.config, cu_seqlens, len(tokens), source)
+        streams, balance = self._streams(row.gather(tokens), row)
+        return Hidden(row.spread(self._last(streams)), streams, balance)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:
@@ -164,12 +167,12 @@ class Transformer(nn.Module):
 
     def _streams(
         self, tokens: Tensor, row: PackedRow, cache: Cache | None = None, plan: PrefillPlan | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         streams = self._embed(tokens)
-        balance = torch.zeros((), device=streams.device)
+        balance = torch.zeros((), device=streams.device) if row.source is None else None
         for layer, block in enumerate(self.layers):
             streams, loss = block(streams, tokens, row, None if cache is None else cache.layers[layer], plan)
-            balance = balance + loss
+            balance = None if balance is None else balance + loss
         return streams, balance
 
     def _last(self, streams: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ def update(
         },
     )
     useful = [
-        PackedSample(s.tokens, s.sampled, {"logprobs": s.logprobs, "advantages": np.full(len(s.tokens), a, np.float32)})
+        PackedSample(
+            s.tokens, s.sampled, {"logprobs": s.logprobs, "advantages": np.full(len(s.tokens), a, np.float32)}, shared=s.sampled.index(True)
+        )
         for s, a in zip(samples, advantages, strict=True)
         if a is not None and (a != 0 or config.kl_weight > 0) and any(s.sampled)
     ]

@@ -23,7 +23,7 @@ from model.transformer import Transformer
 from runtime.batch import Batch
 from runtime.config import SamplingConfig
 from runtime.generation.engine import Generator
-from runtime.objective import Objective
+from runtime.objective import Objective, row_tensors
 from runtime.optim import HybridOptimizer
 from runtime.spec import EngineSpec, LossSpec
 from runtime.zero_layouts import layouts_of
@@ -98,9 +98,9 @@ class Engine:
         out = []
         with self._whole_weights():
             for batch in batches:
-                tokens, where = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets.nonzero()[0])
-                hidden = net(tokens, torch.from_numpy(batch.cu_seqlens)).last[where - 1]
-                out.append(token_logprobs(hidden, net.head.weight, tokens[where])[0].numpy())
+                row = row_tensors(batch, net.embed.weight.device, share=True)
+                where = torch.from_numpy(batch.targets.nonzero()[0]).to(row[0].device)
+                out.append(token_logprobs(net(*row).last[where - 1], net.head.weight, row[0][where])[0].cpu().numpy())
         return out
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, *, samples: int) -> list[Sample]:

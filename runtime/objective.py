@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,8 +63,9 @@ class Objective(nn.Module):
             [] fp32, requires grad also for a row without targets.
         """
         device = self.model.embed.weight.device
-        tokens, cu_seqlens = (torch.from_numpy(part).to(device) for part in padded(batch))
-        hidden = self.model(tokens, cu_seqlens)
+        row = row_tensors(batch, device, share=not (spec.balance_weight or spec.mtp_weight))
+        tokens, cu_seqlens, _ = row
+        hidden = self.model(*row)
         where = torch.from_numpy(batch.targets.nonzero()[0]).to(device)  # [R]
         rows = Rows(
             hidden=hidden.last[where - 1],
@@ -71,7 +73,7 @@ class Objective(nn.Module):
             fields={name: torch.from_numpy(values).to(device)[where] for name, values in batch.fields.items()},
             sample=torch.searchsorted(cu_seqlens, where, right=True) - 1,
             samples=len(batch.cu_seqlens) - 1,
-            teacher=None if teacher is None else teacher_states(teacher, tokens, cu_seqlens, where),
+            teacher=None if teacher is None else teacher_states(teacher, row, where),
         )
         loss = spec.resolve()
         total, metrics = self.model.head(rows.hidden, lambda h, weight: loss(rows._replace(hidden=h), weight, **spec.options))
@@ -94,22 +96,44 @@ class Objective(nn.Module):
         return self.model.head(states, lambda h, weight: -token_logprobs(h, weight, tokens[reachable])[0].sum())
 
 
-def padded(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Fill a row up to a multiple of `PAD_TOKENS` with one more sample, made of the row's own tokens and without targets.
+def row_tensors(batch: Batch, device: torch.device, *, share: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what a model's forward takes: tokens [T], cu_seqlens [N + 1], and source [T] or None, padded.
+
+    Args:
+        batch: the row.
+        device: of the tensors.
+        share: compute what samples share once; a loss that counts every token of every sample (balance, MTP) must not.
+    """
+    tokens, cu_seqlens, source = padded(batch if share else replace(batch, source=None))
+    return (
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(cu_seqlens).to(device),
+        None if source is None else torch.from_numpy(source).to(device),
+    )
+
+
+def padded(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+    """Fill a row up to a multiple of `PAD_TOKENS`, computed and in all, with samples made of the row's own tokens and without targets.
 
     Matrix libraries prepare a kernel for each new shape; rows of a few lengths only keep them from doing it at every step. The filling
     resembles the row so that the routers' load, which counts it, does too.
 
     Returns:
-        tokens [T'] and cu_seqlens [N' + 1].
+        tokens [T'], cu_seqlens [N' + 1] and source [T'] or None.
     """
-    missing = -len(batch.tokens) % PAD_TOKENS
-    if missing == 0:
-        return batch.tokens, batch.cu_seqlens
-    return np.concatenate([batch.tokens, np.resize(batch.tokens, missing)]), np.append(batch.cu_seqlens, len(batch.tokens) + missing)
+    tokens, cu_seqlens, source = batch.tokens, batch.cu_seqlens, batch.source
+    if missing := -batch.computed % PAD_TOKENS:
+        if source is not None:
+            source = np.concatenate([source, batch.computed + np.arange(missing)])
+        tokens, cu_seqlens = np.concatenate([tokens, np.resize(tokens, missing)]), np.append(cu_seqlens, len(tokens) + missing)
+    if source is not None and (missing := -len(tokens) % PAD_TOKENS):
+        # These stand for a token that is computed anyway; no one sees them and nothing reads them.
+        source = np.concatenate([source, np.zeros(missing, np.int64)])
+        tokens, cu_seqlens = np.concatenate([tokens, np.resize(tokens[:1], missing)]), np.append(cu_seqlens, len(tokens) + missing)
+    return tokens, cu_seqlens, source
 
 
 @torch.no_grad()
-def teacher_states(teacher: Transformer, tokens: Tensor, cu_seqlens: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+def teacher_states(teacher: Transformer, row: tuple[Tensor, Tensor, Tensor | None], where: Tensor) -> tuple[Tensor, Tensor]:
     """Return a frozen model's hidden states [R, D] that predict the tokens at `where`, and its head [V, D]."""
-    return teacher(tokens, cu_seqlens).last[where - 1], teacher.head.weight.detach()
+    return teacher(*row).last[where - 1], teacher.head.weight.detach()

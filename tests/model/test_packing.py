@@ -142,3 +142,35 @@ def test_full_caches_and_wrong_rows_are_refused(model: Transformer) -> None:
         model.decode(torch.zeros(2, dtype=torch.int64), cache)
     with pytest.raises(ValueError, match="cu_seqlens"):
         model(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 3]))
+
+
+def test_samples_that_share_their_beginning_equal_samples_that_do_not(model):
+    torch.manual_seed(6)
+    tokens, lengths, source, computed = [], [], [], 0
+    for prompt, answers in ((150, (30, 1, 170)), (3, (7, 9)), (64, (20,))):
+        beginning = torch.randint(CONFIG.vocab_size, (prompt,))
+        first = torch.arange(computed, computed + prompt)
+        computed += prompt
+        for answer in answers:
+            tokens += [beginning, torch.randint(CONFIG.vocab_size, (answer,))]
+            source += [first, torch.arange(computed, computed + answer)]
+            computed += answer
+            lengths.append(prompt + answer)
+    row, cu, shared = torch.cat(tokens), torch.tensor([0, *lengths]).cumsum(0), torch.cat(source)
+    weight = torch.randn(len(row), CONFIG.hidden_size)
+    found = []
+    for choice in (None, shared):
+        model.zero_grad()
+        last = model(row, cu, choice).last
+        (last * weight).sum().backward()
+        found.append((last.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    (alone, gradients), (together, shared_gradients) = found
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert gradients.keys() == shared_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, atol=2e-4 * float(gradient.abs().max()) + 1e-5, rtol=1e-3, msg=name)
+
+
+def test_a_source_that_leaves_a_number_out_is_refused(model):
+    with pytest.raises(ValueError, match="source: no token names 1"):
+        model(torch.tensor([5, 6, 7]), torch.tensor([0, 3]), torch.tensor([0, 2, 2]))

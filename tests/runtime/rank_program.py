@@ -4,6 +4,7 @@ usage: python rank_program.py MODEL_DIR RANK RANKS ZERO_STAGE RENDEZVOUS
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -35,7 +36,10 @@ def main() -> None:
         sums = engine.forward_backward(split(rows, ranks)[rank], spec, total)
         engine.optim_step(0.01, 1e-3)
         losses.append(sums["loss"] / total)
-    print("LOSSES " + json.dumps(losses))
+    print("LOSSES " + json.dumps(losses), flush=True)
+    engine.close()
+    # Gloo's threads may still drop the last collective's tensors; while the interpreter shuts down that aborts the process (torch 2.13).
+    os._exit(0)
 
 
 main()

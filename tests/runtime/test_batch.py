@@ -34,3 +34,30 @@ def test_split_gives_every_rank_as_many_rows_and_every_target_once(lengths, rank
     dealt = split(rows, ranks)
     assert len({len(part) for part in dealt}) == 1
     assert sum(row.target_count for part in dealt for row in part) == sum(row.target_count for row in rows)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=25), st.integers(8, 80))
+def test_a_shared_beginning_is_computed_once_a_row(drawn, row_tokens):
+    prompts = [[100 + n] * (5 + 7 * n) for n in range(4)]
+    samples = []
+    for number, (prompt, answer) in enumerate(drawn):
+        tokens = prompts[prompt] + [1000 + number] * answer
+        samples.append(PackedSample(tokens, [False] * len(prompts[prompt]) + [True] * answer, shared=len(prompts[prompt])))
+    rows, found = pack(samples, row_tokens=row_tokens), []
+    for row in rows:
+        parts = [row.tokens[a:b].tolist() for a, b in _bounds(row)]
+        found += parts
+        beginnings = {part[0] for part in parts}
+        alone = sum(len(part) for part in parts) if row.source is None else row.computed
+        assert alone == sum(len(prompts[b - 100]) for b in beginnings) + sum(int(row.targets[a:b].sum()) for a, b in _bounds(row))
+        assert row.computed <= row_tokens or len(parts) == 1
+        if row.source is not None:
+            computed = {}
+            for token, source in zip(row.tokens, row.source, strict=True):
+                assert computed.setdefault(int(source), token) == token
+            assert sorted(computed) == list(range(row.computed))
+    assert sorted(found) == sorted(s.tokens for s in samples)
+
+
+def _bounds(row):
+    return zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True)

@@ -20,7 +20,8 @@ def curve(model_dir, tmp_path, *, ranks: int, stage: int) -> list[float]:
         for rank in range(ranks)
     ]
     outputs = [process.communicate(timeout=180) for process in processes]
-    assert all(p.returncode == 0 for p in processes), outputs[0][1][-3000:]
+    for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}: {errors[-3000:]}"
     parts = [json.loads(out.split("LOSSES ")[1]) for out, _ in outputs]
     return [sum(losses) for losses in zip(*parts, strict=True)]
 
