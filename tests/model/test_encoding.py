@@ -1,190 +1,251 @@
-"""The chat encoding against the release's pairs, and parsing against rendering."""
+"""The chat encoding, rule by rule: the release's pairs, and for each rule of its description the exact text."""
 
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from model.encoding import BOS, EOS, SPECIAL_TOKENS, EncodingError, boilerplate, continuation, encode_messages, parse_message
+from model.encoding import BOS, EOS, EncodingError, continuation, encode_messages
 
 PAIRS = Path(__file__).parents[1] / "data" / "encoding"
-WEATHER = {
-    "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
-}
+SYSTEM = {"role": "system", "content": "S"}
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "reasoning_content": "r", "content": "a"}
+CLOCK = {"name": "clock", "parameters": {}}
 
 
-def call(name, arguments, id=None):
-    made = {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-    return made | ({"id": id} if id else {})
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_golden_pair(number):
+def pair(number):
     data = json.loads((PAIRS / f"input_{number}.json").read_text())
     messages = data if isinstance(data, list) else data["messages"]
     if isinstance(data, dict):
         messages[0]["tools"] = data["tools"]
-    assert encode_messages(messages, "thinking") == (PAIRS / f"output_{number}.txt").read_text()
+    return messages, (PAIRS / f"output_{number}.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_golden_pair(number):
+    messages, text = pair(number)
+    assert encode_messages(messages, thinking_mode="thinking") == text
 
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("cut", range(1, 5))
 def test_context_and_rest_join_to_the_whole(number, cut):
-    data = json.loads((PAIRS / f"input_{number}.json").read_text())
-    messages = data if isinstance(data, list) else data["messages"]
+    messages, _ = pair(number)
     whole = encode_messages(messages, "thinking", drop_thinking=False)
     head = encode_messages(messages[:cut], "thinking", drop_thinking=False)
-    tail = encode_messages(messages[cut:], "thinking", context=messages[:cut], drop_thinking=False)
-    assert head + tail == whole
-
-
-def test_chat_mode_closes_the_thinking_at_once():
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello"}]
-    assert encode_messages(messages, "chat") == f"{BOS}S<｜User｜>hi<｜Assistant｜></think>Hello{EOS}"
-    assert encode_messages(messages[:2], "chat", add_default_bos_token=False) == "S<｜User｜>hi<｜Assistant｜></think>"
-
-
-def test_tool_results_are_merged_and_follow_the_order_of_the_calls():
-    messages = [
-        {"role": "system", "content": "", "tools": [WEATHER]},
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "reasoning_content": "r", "tool_calls": [call("weather", {}, "a"), call("weather", {"n": 1}, "b")]},
-        {"role": "tool", "tool_call_id": "b", "content": "second"},
-        {"role": "tool", "tool_call_id": "a", "content": "first"},
-        {"role": "user", "content": "and?"},
-    ]
-    text = encode_messages(messages, "thinking")
-    expected = "<｜User｜><tool_result>first</tool_result>\n\n<tool_result>second</tool_result>\n\nand?<｜Assistant｜><think>"
-    assert text.endswith(expected)
-    assert continuation(messages[:3], messages[3:], "thinking") == expected
-
-
-def test_developer_reminder_format_and_effort():
-    messages = [
-        {"role": "developer", "content": "old"},
-        {"role": "latest_reminder", "content": "2026-01-01"},
-        {"role": "developer", "content": "new", "response_format": {"type": "é"}},
-    ]
-    text = encode_messages(messages, "thinking", reasoning_effort="max")
-    assert text.startswith(f"{BOS}Reasoning Effort: Absolute maximum with no shortcuts permitted.\n")
-    assert text.endswith(
-        "left unchecked.\n\n<｜latest_reminder｜>2026-01-01<｜User｜>new\n\n## Response Format:\n\n"
-        'You MUST strictly adhere to the following schema to reply:\n{"type": "é"}<｜Assistant｜><think>'
-    )
-    assert "old" in encode_messages(messages, "thinking", drop_thinking=False)
-    assert "Effort" not in encode_messages(messages, "chat", reasoning_effort="max")
-
-
-def test_tasks():
-    user = {"role": "user", "content": "q"}
-    assert encode_messages([user | {"task": "action"}], "thinking") == f"{BOS}<｜User｜>q<｜Assistant｜><think><｜action｜>"
-    assert encode_messages([user | {"task": "action"}], "chat") == f"{BOS}<｜User｜>q<｜Assistant｜></think><｜action｜>"
-    assert (
-        encode_messages([user | {"task": "query"}, {"role": "assistant", "content": "x"}], "thinking")
-        == f"{BOS}<｜User｜>q<｜query｜>x{EOS}"
-    )
-    titled = [user, {"role": "assistant", "content": "a", "task": "title"}, {"role": "assistant", "content": "T"}]
-    assert encode_messages(titled, "chat") == f"{BOS}<｜User｜>q<｜Assistant｜></think>a{EOS}<｜title｜>T{EOS}"
+    assert head + encode_messages(messages[cut:], "thinking", context=messages[:cut], drop_thinking=False) == whole
 
 
 @pytest.mark.parametrize(
-    "messages",
-    [[{"role": "robot", "content": "x"}], [{"role": "developer"}], [{"role": "user", "content": "x", "task": "dance"}]],
-    ids=["role", "developer", "task"],
-)
-def test_what_cannot_be_encoded_is_an_error(messages):
-    with pytest.raises(EncodingError):
-        encode_messages(messages, "thinking")
-
-
-@pytest.mark.parametrize(
-    "options", [{"thinking_mode": "loud"}, {"thinking_mode": "chat", "reasoning_effort": "low"}], ids=["mode", "effort"]
-)
-def test_unknown_options_are_errors(options):
-    with pytest.raises(EncodingError):
-        encode_messages([{"role": "user", "content": "x"}], **options)
-
-
-def _plain(text):
-    return not any(token in text for token in SPECIAL_TOKENS) and "｜" not in text
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(_plain)
-names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters='"\n'), min_size=1, max_size=12).filter(_plain)
-values = st.recursive(
-    texts | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=6,
-)
-calls = st.builds(call, names, st.dictionaries(names, values, max_size=3))
-turns = st.fixed_dictionaries(
-    {"role": st.just("assistant"), "reasoning_content": texts, "content": texts, "tool_calls": st.lists(calls, max_size=3)}
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(turns)
-def test_parsing_undoes_rendering(turn):
-    user = [{"role": "user", "content": "q"}]
-    rendered = encode_messages([turn], "thinking", context=user)
-    assert parse_message(rendered, "thinking") == turn
-    chat = turn | {"reasoning_content": ""}
-    assert parse_message(encode_messages([chat], "chat", context=user), "chat") == chat
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, *boilerplate(), "x", '"', "\n", "1", ">"]), max_size=12).map("".join))
-def test_junk_parses_or_raises_only_encoding_error(text):
-    for mode in ("chat", "thinking"):
-        try:
-            message = parse_message(text + EOS, mode)
-        except EncodingError:
-            continue
-        assert parse_message(encode_messages([message], mode, context=[{"role": "user", "content": "q"}]), mode) == message
-
-
-BLOCK = (
-    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
-    '<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
-    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
-)
-
-
-@pytest.mark.parametrize(
-    "text",
+    ("mode", "messages", "expected"),
     [
-        "</think>no end",
-        f"no thinking{EOS}",
-        f"a</think>b</think>c{EOS}",
-        f"a</think>b<think>{EOS}",
-        f"{EOS}</think>{EOS}",
-        f"</think>{BLOCK} more{EOS}",
-        f"</think>{BLOCK.replace('>1<', '>one<')}{EOS}",
-        f"</think>{BLOCK.replace('>1<', '>NaN<')}{EOS}",
-        f"</think>{BLOCK.replace('>1<', '>' + '[' * 50_000 + '<')}{EOS}",
-        f"</think>{BLOCK.replace('>1<', '>' + '9' * 9_000 + '<')}{EOS}",
-        f"</think>{BLOCK.replace('</｜DSML｜invoke>', '')}{EOS}",
-        f"</think>{BLOCK.replace('false', 'maybe')}{EOS}",
-        f"</think>{BLOCK.replace('name=', 'nome=')}{EOS}",
-        "</think>\n\n<｜DSML｜tool_calls>\n</｜DSML｜tool_calls>" + EOS,
-        f"</think>{BLOCK.replace(chr(10) * 2, chr(10))}{EOS}",
+        ("chat", [SYSTEM, USER, ANSWER, USER], f"{BOS}S<｜User｜>q<｜Assistant｜></think>a{EOS}<｜User｜>q<｜Assistant｜></think>"),
+        ("chat", [USER], f"{BOS}<｜User｜>q<｜Assistant｜></think>"),
+        ("thinking", [SYSTEM, USER], f"{BOS}S<｜User｜>q<｜Assistant｜><think>"),
+        ("thinking", [USER, ANSWER], f"{BOS}<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}"),
+        ("thinking", [USER, {"role": "assistant", "content": "a"}], f"{BOS}<｜User｜>q<｜Assistant｜><think></think>a{EOS}"),
+        ("thinking", [USER, USER], f"{BOS}<｜User｜>q\n\nq<｜Assistant｜><think>"),
+        ("thinking", [SYSTEM, USER, SYSTEM, USER], f"{BOS}S<｜User｜>qS<｜User｜>q<｜Assistant｜><think>"),
+        ("thinking", [USER, ANSWER, ANSWER], f"{BOS}<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}r</think>a{EOS}"),
+        ("thinking", [SYSTEM], f"{BOS}S"),
+        ("thinking", [], BOS),
     ],
-    ids=lambda text: text[:40].encode("unicode_escape").decode(),
+    ids=["chat", "no-system", "thinking", "answered", "no-reasoning", "users-join", "systems", "two-answers", "system", "nothing"],
 )
-def test_malformed_turns(text):
-    with pytest.raises(EncodingError):
-        parse_message(text, "thinking")
+def test_roles_and_modes(mode, messages, expected):
+    assert encode_messages(messages, mode) == expected
 
 
-def test_a_call_without_arguments():
-    turn = {"role": "assistant", "reasoning_content": "", "content": "", "tool_calls": [call("stop", {})]}
-    assert parse_message(encode_messages([turn], "thinking", context=[{"role": "user", "content": "q"}]), "thinking") == turn
+@pytest.mark.parametrize("role", ["system", "user", "latest_reminder", "tool"])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}], ids=["missing", "none", "empty", "no-parts"])
+def test_content_may_be_empty(role, content):
+    message = {"role": role} | content
+    assert encode_messages([message, USER], "chat") == encode_messages([message | {"content": ""}, USER], "chat")
+
+
+@pytest.mark.parametrize("role", ["system", "user", "developer", "latest_reminder", "assistant", "tool"])
+def test_content_may_be_a_list_of_parts(role):
+    parts = [{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": ""}]
+    joined = {"role": role, "content": "one\n\n[Unsupported image_url]\n\n"}
+    assert encode_messages([{"role": role, "content": parts}], "thinking") == encode_messages([joined], "thinking")
+
+
+def test_only_the_start_of_a_conversation_has_a_begin_of_sentence():
+    assert encode_messages([SYSTEM, USER], "chat", add_default_bos_token=False) == "S<｜User｜>q<｜Assistant｜></think>"
+    assert encode_messages([USER], "chat", context=[SYSTEM]) == "<｜User｜>q<｜Assistant｜></think>"
+    assert encode_messages([USER], "chat", context=[]) == f"{BOS}<｜User｜>q<｜Assistant｜></think>"
+
+
+# Dropping of old reasoning
+
+
+def test_reasoning_before_the_last_user_turn_is_dropped():
+    dropped = f"{BOS}<｜User｜>q<｜Assistant｜></think>a{EOS}<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}"
+    kept = f"{BOS}<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}"
+    messages = [USER, ANSWER, USER, ANSWER]
+    assert encode_messages(messages, "thinking") == dropped
+    assert encode_messages(messages, "thinking", drop_thinking=False) == kept
+    assert encode_messages(messages, "chat", drop_thinking=False) == dropped.replace("<think>r", "")
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_tools_anywhere_keep_all_reasoning(role):
+    tooled = {"role": role, "content": "T", "tools": [CLOCK]}
+    for messages, context in (
+        ([tooled, USER, ANSWER, USER], None),
+        ([USER, ANSWER, USER], [tooled]),
+        ([USER, ANSWER, tooled], [USER, ANSWER]),
+    ):
+        assert "<｜User｜>q<｜Assistant｜><think>r</think>a" in encode_messages(messages, "thinking", context=context)
+    untooled = [tooled | {"tools": []}, USER, ANSWER, USER]
+    assert "</think>a" in encode_messages(untooled, "thinking") and "r</think>" not in encode_messages(untooled, "thinking")
+
+
+def test_tool_results_are_a_user_turn_to_the_dropping():
+    messages = [USER, ANSWER | {"tool_calls": [{"function": {"name": "clock", "arguments": "{}"}}]}, {"role": "tool", "content": "9"}]
+    text = encode_messages(messages, "thinking")
+    assert text.startswith(f"{BOS}<｜User｜>q<｜Assistant｜></think>a\n\n<｜DSML｜tool_calls>")
+    assert text.endswith("<｜User｜><tool_result>9</tool_result><｜Assistant｜><think>")
+
+
+def test_developer_turns_before_the_last_user_turn_are_dropped():
+    messages = [{"role": "developer", "content": "D"}, ANSWER, USER]
+    assert encode_messages(messages, "thinking") == f"{BOS}a{EOS}<｜User｜>q<｜Assistant｜><think>"
+    for kept in (encode_messages(messages, "thinking", drop_thinking=False), encode_messages(messages, "chat")):
+        assert kept.startswith(f"{BOS}<｜User｜>D<｜Assistant｜>")
+    assert encode_messages([SYSTEM, messages[0]], "thinking") == f"{BOS}S<｜User｜>D<｜Assistant｜><think>"
+
+
+def test_context_decides_what_is_dropped_and_is_not_repeated():
+    assert encode_messages([ANSWER, USER], "thinking", context=[USER]) == f"a{EOS}<｜User｜>q<｜Assistant｜><think>"
+    developers = [{"role": "developer", "content": "old"}, ANSWER]
+    assert (
+        encode_messages([{"role": "developer", "content": "new"}], "thinking", context=developers) == "<｜User｜>new<｜Assistant｜><think>"
+    )
+    assert encode_messages([], "thinking", context=[USER]) == ""
+
+
+# Reminders, effort, format, tasks
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([SYSTEM, "reminder", USER], "S<｜latest_reminder｜>R<｜User｜>q<｜Assistant｜><think>"),
+        ([USER, "reminder", ANSWER], f"<｜User｜>q<｜Assistant｜><think><｜latest_reminder｜>Rr</think>a{EOS}"),
+        (
+            [USER, ANSWER, "reminder", USER],
+            f"<｜User｜>q<｜Assistant｜></think>a{EOS}<｜latest_reminder｜>R<｜User｜>q<｜Assistant｜><think>",
+        ),
+        ([USER, "reminder", USER], "<｜User｜>q<｜Assistant｜></think><｜latest_reminder｜>R<｜User｜>q<｜Assistant｜><think>"),
+    ],
+    ids=["before-user", "before-assistant", "between", "users-do-not-join"],
+)
+def test_latest_reminder(messages, expected):
+    reminder = {"role": "latest_reminder", "content": "R"}
+    assert encode_messages([reminder if m == "reminder" else m for m in messages], "thinking") == BOS + expected
+
+
+EFFORT = (
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, rigorously "
+    "stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, and rejected "
+    "hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "effort", "options", "prefix"),
+    [
+        ("thinking", "max", {}, BOS + EFFORT),
+        ("thinking", "max", {"add_default_bos_token": False}, EFFORT),
+        ("thinking", "max", {"context": [USER, ANSWER]}, ""),
+        ("thinking", "high", {}, BOS),
+        ("thinking", None, {}, BOS),
+        ("chat", "max", {}, BOS),
+    ],
+    ids=["max", "no-bos", "context", "high", "none", "chat"],
+)
+@pytest.mark.parametrize("first", [SYSTEM, USER], ids=["system", "user"])
+def test_maximum_effort_comes_first(mode, effort, options, prefix, first):
+    rest = encode_messages([first], mode, **options | {"add_default_bos_token": False})
+    assert encode_messages([first], mode, reasoning_effort=effort, **options) == prefix + rest
+
+
+def test_nothing_to_render_has_no_effort():
+    assert encode_messages([], "thinking", reasoning_effort="max") == BOS
+
+
+ROUTE = USER | {"task": "action"}
+ROUTED = {"role": "assistant", "content": "Search"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "chat", "thinking"),
+    [
+        ([ROUTE], "<｜User｜>q<｜Assistant｜></think><｜action｜>", "<｜User｜>q<｜Assistant｜><think><｜action｜>"),
+        (
+            [ROUTE, ROUTED],
+            f"<｜User｜>q<｜Assistant｜></think><｜action｜>Search{EOS}",
+            f"<｜User｜>q<｜Assistant｜><think><｜action｜>Search{EOS}",
+        ),
+        (
+            [ROUTE, ROUTED, ANSWER],
+            f"<｜User｜>q<｜Assistant｜></think><｜action｜>Search{EOS}a{EOS}",
+            f"<｜User｜>q<｜Assistant｜><think><｜action｜>Search{EOS}r</think>a{EOS}",
+        ),
+        (
+            [USER, ANSWER | {"task": "title"}],
+            f"<｜User｜>q<｜Assistant｜></think>a{EOS}<｜title｜>",
+            f"<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}<｜title｜>",
+        ),
+        (
+            [USER, ANSWER | {"task": "title"}, {"role": "assistant", "reasoning_content": "no", "content": "T"}],
+            f"<｜User｜>q<｜Assistant｜></think>a{EOS}<｜title｜>T{EOS}",
+            f"<｜User｜>q<｜Assistant｜><think>r</think>a{EOS}<｜title｜>T{EOS}",
+        ),
+        ([ROUTE, USER], "<｜User｜>q<｜User｜>q<｜Assistant｜></think>", "<｜User｜>q<｜User｜>q<｜Assistant｜><think>"),
+        ([USER, USER | {"task": "query"}], "<｜User｜>q\n\nq<｜query｜>", "<｜User｜>q\n\nq<｜query｜>"),
+        (
+            [{"role": "developer", "content": "d", "task": "domain", "response_format": {}}],
+            "<｜User｜>d<｜domain｜>",
+            "<｜User｜>d<｜domain｜>",
+        ),
+    ],
+    ids=["action", "action-answered", "action-then-answer", "title", "title-answered", "not-the-last", "joined", "developer"],
+)
+def test_tasks(messages, chat, thinking):
+    assert encode_messages(messages, "chat") == BOS + chat
+    assert encode_messages(messages, "thinking") == BOS + thinking
+
+
+@pytest.mark.parametrize("task", ["query", "authority", "domain", "read_url", "title"])
+def test_other_tasks_follow_the_text_at_once(task):
+    user = {"role": "user", "content": "see<｜extracted_url｜>http://x", "task": task}
+    for mode in ("chat", "thinking"):
+        prompt = f"{BOS}<｜User｜>see<｜extracted_url｜>http://x<｜{task}｜>"
+        assert encode_messages([user], mode) == prompt
+        assert encode_messages([user, {"role": "assistant", "reasoning_content": "no", "content": "A"}], mode) == f"{prompt}A{EOS}"
+
+
+def test_an_assistant_turn_may_be_left_open():
+    text = encode_messages([USER, ANSWER | {"wo_eos": True}], "thinking")
+    assert text == f"{BOS}<｜User｜>q<｜Assistant｜><think>r</think>a"
+    assert encode_messages([USER, ANSWER | {"wo_eos": False}], "thinking") == text + EOS
+
+
+# Going on after a turn
+
+
+def test_continuation_is_what_follows_the_turn():
+    messages = [USER, ANSWER, {"role": "tool", "content": "1"}, USER]
+    whole = encode_messages(messages, "thinking", drop_thinking=False)
+    assert encode_messages(messages[:2], "thinking") + continuation(messages[:2], messages[2:], "thinking") == whole
 
 
 @pytest.mark.parametrize("new", [[], [{"role": "assistant", "content": "x"}]], ids=["none", "assistant"])
 def test_continuation_needs_a_turn_to_answer(new):
     with pytest.raises(EncodingError):
-        continuation([{"role": "user", "content": "q"}], new, "thinking")
+        continuation([USER], new, "thinking")
