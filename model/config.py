@@ -237,7 +237,8 @@ class V32Config(ArchitectureConfig):
     swiglu_limit: ClassVar[float] = math.inf
     num_hash_layers: ClassVar[int] = 0
     sliding_window: ClassVar[int] = 0
-    """What V4 has and V3.2 lacks, as the modules that both share read it: no clamp, no table, no window."""
+    hc_mult: ClassVar[int] = 1
+    """What V4 has and V3.2 lacks, as the modules that both share read it: no clamp, no table, no window, one residual stream."""
 
     @property
     def compress_ratios(self) -> list[int]:

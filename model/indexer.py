@@ -1,4 +1,4 @@
-"""The lightning indexer of CSA layers: scores compressed entries cheaply and keeps the best for each query."""
+"""The lightning indexer: scores compressed entries (V4's CSA layers) or tokens (V3.2) cheaply and keeps the best for each query."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from model.cache import LayerCache, PrefillPlan, Step
 from model.compressor import Compressor
-from model.config import ModelConfig
+from model.config import AnyConfig, ModelConfig
 from model.cpu import small_products
 from model.kernels.indexer.reference import select, top_entries
 from model.layout import PackedRow
 from model.linear import linear
-from model.rope import rotate
+from model.rope import rotate, rotate_halves
 
 RATIO = 4
-"""Compress ratio of the layers that have an indexer."""
+"""Compress ratio of the V4 layers that have an indexer."""
 
 
 class Indexer(nn.Module):
@@ -25,6 +25,7 @@ class Indexer(nn.Module):
     language-model loss has no gradient here: the parameters are frozen until a loss of their own trains them.
 
     Attributes:
+        ratio: tokens an entry.
         wq_b: query latent -> H * K.
         weights_proj: D -> H.
         compressor: the indexer's own, of width K.
@@ -32,12 +33,14 @@ class Indexer(nn.Module):
     Source: v4_spec 2.3. The release's orthogonal Hadamard rotation of both sides cancels and is left out.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    ratio = RATIO
+
+    def __init__(self, config: AnyConfig) -> None:
         super().__init__()
         self.heads, self.width, self.count = config.index_n_heads, config.index_head_dim, config.index_topk
         self.wq_b = linear(config.q_lora_rank, self.heads * self.width)
         self.weights_proj = linear(config.hidden_size, self.heads)
-        self.compressor = Compressor(config, RATIO, self.width)
+        self._make_keys(config)
         self.requires_grad_(False)
 
     @torch.no_grad()
@@ -55,32 +58,74 @@ class Indexer(nn.Module):
         Returns:
             [T, k] int64 as `sparse_attention` takes them; None when every query may see all its entries.
         """
-        all_fit = row.entries[RATIO].most <= self.count
+        all_fit = row.entries[self.ratio].most <= self.count
         if all_fit and cache is None:
             return None
-        keys = self.compressor(x, row, *((cache.indexer, plan) if cache is not None else ()))
+        keys = self._keys(x, row, cache, plan)
         if cache is not None and plan is not None:
-            plan.put_entries(cache.index_keys, keys, RATIO)
+            plan.put_entries(cache.index_keys, keys, self.ratio)
         if all_fit:
             return None
         q, weights = self._query(x, latent, row.turns[True])
-        return select(row.spread(q), keys, row.spread(weights), row=row, ratio=RATIO, count=self.count)
+        return select(row.spread(q), keys, row.spread(weights), row=row, ratio=self.ratio, count=self.count)
 
     def decode(self, x: Tensor, latent: Tensor, step: Step, cache: LayerCache) -> Tensor | None:
         """Take one token a row [B, D]; returns the bias [B, 1, keys] of the selection, None when all entries are visible."""
-        assert cache.index_keys is not None and cache.indexer is not None
-        done = self.compressor.decode(x, step, cache.indexer)
+        assert cache.index_keys is not None
+        done = self._new_keys(x, step, cache)
         if done is not None:
             rows, entries = done
-            cache.index_keys[rows, step.position[rows] // RATIO] = entries.to(cache.index_keys.dtype)
-        if step.most[RATIO] <= self.count:
+            cache.index_keys[rows, step.position[rows] // self.ratio] = entries.to(cache.index_keys.dtype)
+        if step.most[self.ratio] <= self.count:
             return None
         q, weights = self._query(x, latent, step.turns[True])
         with small_products():
-            heads = torch.bmm(q.float(), cache.index_keys[:, : step.most[RATIO]].float().mT).relu_()
+            heads = torch.bmm(q.float(), cache.index_keys[:, : step.most[self.ratio]].float().mT).relu_()
             scores = torch.bmm(weights.float().unsqueeze(1), heads).squeeze(1)
-        return step.selected_bias(RATIO, top_entries(step.hide(scores, RATIO), self.count))
+        return step.selected_bias(self.ratio, top_entries(step.hide(scores, self.ratio), self.count))
 
     def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-        q = rotate(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
+        q = self._rotate(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
         return q, self.weights_proj(x) * (self.width * self.heads) ** -0.5
+
+    def _make_keys(self, config: AnyConfig) -> None:
+        """Make the modules that keys come from."""
+        assert isinstance(config, ModelConfig)
+        self.compressor = Compressor(config, self.ratio, self.width)
+
+    def _keys(self, x: Tensor, row: PackedRow, cache: LayerCache | None, plan: PrefillPlan | None) -> Tensor:
+        """Return the keys of a packed row [C, K]; in a prefill, leave each sample's unfinished entry in the cache."""
+        return self.compressor(x, row, *((cache.indexer, plan) if cache is not None else ()))
+
+    def _new_keys(self, x: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor] | None:
+        """Return the rows [n] that completed an entry with this token, and its keys [n, K]; None when there is none."""
+        assert cache.indexer is not None
+        return self.compressor.decode(x, step, cache.indexer)
+
+    def _rotate(self, x: Tensor, turns: Tensor) -> Tensor:
+        return rotate(x, turns)
+
+
+class TokenIndexer(Indexer):
+    """The indexer of V3.2: every token is an entry, k = rope(LayerNorm(x W_k)), the rotation in halves on the first dimensions.
+
+    Attributes:
+        wk: D -> K; k_norm: its layer norm, with bias.
+
+    Source: v4_spec 2.8.
+    """
+
+    ratio = 1
+
+    def _make_keys(self, config: AnyConfig) -> None:
+        self.wk = linear(config.hidden_size, self.width)
+        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
+
+    def _keys(self, x: Tensor, row: PackedRow, cache: LayerCache | None, plan: PrefillPlan | None) -> Tensor:
+        return row.spread(self._rotate(self.k_norm(self.wk(x)), row.turns[True]))
+
+    def _new_keys(self, x: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor] | None:
+        return step.rows, self._rotate(self.k_norm(self.wk(x)), step.turns[True])
+
+    def _rotate(self, x: Tensor, turns: Tensor) -> Tensor:
+        return rotate_halves(x, turns)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import AnyConfig
 from model.rope import inverse_frequencies, rotations
 
 QUERY_BLOCK = 32
@@ -61,7 +61,7 @@ class PackedRow:
         block, blocks: queries a block, and how many blocks cover the row; the last may be partly empty.
     """
 
-    def __init__(self, config: ModelConfig, cu_seqlens: Tensor, length: int, source: Tensor | None = None) -> None:
+    def __init__(self, config: AnyConfig, cu_seqlens: Tensor, length: int, source: Tensor | None = None) -> None:
         cu = cu_seqlens.to(torch.int64)
         lengths = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != length or bool((lengths <= 0).any()):
@@ -104,7 +104,9 @@ class PackedRow:
         tokens = (self.cu_seqlens[owner] + number * ratio).unsqueeze(1) + torch.arange(ratio, device=device)
         ends = torch.arange(1, self.blocks + 1, device=device) * self.block
         start = cu[self.sample[ends - self.block]]
-        stop = cu[self.sample[(ends - 1).clamp(max=self.length - 1)] + 1]
+        last = (ends - 1).clamp(max=self.length - 1)
+        base, visible = cu[self.sample], (self.position + 1) // ratio
+        stop = base[last] + visible[last]  # no query of the block sees more
         return Entries(
             ratio=ratio,
             cu=cu,
@@ -112,8 +114,8 @@ class PackedRow:
             computed=tokens.flatten() if self.source is None else self.source[tokens.flatten()],
             first=number == 0,
             turns=rotations(number * ratio, frequencies),
-            base=cu[self.sample],
-            visible=(self.position + 1) // ratio,
+            base=base,
+            visible=visible,
             start=start,
             width=int((stop - start).max()),
             most=int(counts.max()),

@@ -1,4 +1,4 @@
-"""Multi-head latent attention of V3.2 with its lightning indexer: every token keeps one latent that all heads share."""
+"""Multi-head latent attention of V3.2 over the tokens that its indexer selects: every token keeps one latent that all heads share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from model.cache import FRONT, LayerCache, PrefillPlan, Step
 from model.config import V32Config
 from model.cpu import small_products
-from model.kernels.indexer.reference import select, top_entries
+from model.indexer import TokenIndexer
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 from model.linear import linear
 from model.norm import RMSNorm
-from model.rope import rotate, rotate_halves
+from model.rope import rotate
 
-RATIO = 1
-"""Tokens an entry that the indexer selects; every token is one."""
+RATIO = TokenIndexer.ratio
+"""Tokens an entry that attention meets; every token is one."""
 
 NO_SINK = -1e30
 """Logit of a sink that draws nothing; finite, so that a padded query, which sees no key at all, has a softmax."""
@@ -99,72 +99,3 @@ class MLA(nn.Module):
         to_value = self.wkv_b.weight.view(self.heads, -1, self.rank)[:, self.nope :]  # [H, value, R]
         values = torch.bmm(out[..., : self.rank].transpose(0, 1), to_value.mT).transpose(0, 1)
         return self.wo(values.flatten(1))
-
-
-class TokenIndexer(nn.Module):
-    """Select the `index_topk` tokens of the highest index score.
-
-    I_ts = sum_h w_th ReLU(q_th . k_s), w = x W_w / sqrt(K H), k = rope(LayerNorm(x W_k)). The choice is hard, so a language-model loss has
-    no gradient here: the parameters are frozen until a loss of their own trains them.
-
-    Attributes:
-        wq_b: query latent -> H * K.
-        wk: D -> K; k_norm: its layer norm, with bias.
-        weights_proj: D -> H.
-
-    Source: v4_spec 2.8. The release's orthogonal Hadamard rotation of both sides cancels and is left out.
-    """
-
-    def __init__(self, config: V32Config) -> None:
-        super().__init__()
-        self.heads, self.width, self.count = config.index_n_heads, config.index_head_dim, config.index_topk
-        self.wq_b = linear(config.q_lora_rank, self.heads * self.width)
-        self.wk = linear(config.hidden_size, self.width)
-        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
-        self.weights_proj = linear(config.hidden_size, self.heads)
-        self.requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(
-        self, x: Tensor, latent: Tensor, row: PackedRow, cache: LayerCache | None = None, plan: PrefillPlan | None = None
-    ) -> Tensor | None:
-        """Select tokens for every token of a packed row.
-
-        Args:
-            x: [U, D] the sub-layer's input.
-            latent: [U, R] the normalised query latent shared with the attention.
-            row: layout.
-            cache, plan: where a prefill leaves the index keys.
-
-        Returns:
-            [T, k] int64 as `sparse_attention` takes them; None when every query may see all tokens up to itself.
-        """
-        all_fit = row.entries[RATIO].most <= self.count
-        if all_fit and cache is None:
-            return None
-        keys = row.spread(self._key(x, row.turns[True]))
-        if cache is not None and plan is not None:
-            plan.put_entries(cache.index_keys, keys, RATIO)
-        if all_fit:
-            return None
-        q, weights = self._query(x, latent, row.turns[True])
-        return select(row.spread(q), keys, row.spread(weights), row=row, ratio=RATIO, count=self.count)
-
-    def decode(self, x: Tensor, latent: Tensor, step: Step, cache: LayerCache) -> Tensor | None:
-        """Take one token a row [B, D]; returns the bias [B, 1, keys] of the selection, None when all tokens are visible."""
-        assert cache.index_keys is not None
-        cache.index_keys[step.rows, step.position] = self._key(x, step.turns[True]).to(cache.index_keys.dtype)
-        if step.longest <= self.count:
-            return None
-        q, weights = self._query(x, latent, step.turns[True])
-        with small_products():
-            heads = torch.bmm(q.float(), cache.index_keys[:, : step.longest].float().mT).relu_()
-            scores = torch.bmm(weights.unsqueeze(1), heads).squeeze(1)
-        return step.selected_bias(RATIO, top_entries(step.hide(scores, RATIO), self.count))
-
-    def _key(self, x: Tensor, turns: Tensor) -> Tensor:
-        return rotate_halves(self.k_norm(self.wk(x)), turns)
-
-    def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-        q = rotate_halves(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
-        return q, self.weights_proj(x).float() * (self.width * self.heads) ** -0.5

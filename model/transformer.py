@@ -11,11 +11,13 @@ from torch.nn import functional
 
 from model.block import Block
 from model.cache import Cache, PrefillPlan, Step
-from model.config import ModelConfig
+from model.config import AnyConfig, ModelConfig, V32Config
 from model.hyper_connections import merge
 from model.layout import PackedRow
+from model.moe import Gate, MoE
 from model.mtp import MTP
 from model.norm import RMSNorm
+from model.v32 import V32Block
 
 HC_SCALE = 0.01
 """Initial gating factor of the hyper-connections. Source: mHC paper, table 5."""
@@ -38,7 +40,7 @@ class Hidden(NamedTuple):
 class Head(nn.Module):
     """The output projection; `weight` [V, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: AnyConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
@@ -50,25 +52,29 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V4 model with the parameter names of the release, except that routed experts are stacked.
+    """A DeepSeek-V4 or V3.2 model with the parameter names of the released code, except that routed experts are stacked.
+
+    V3.2 has one residual stream without hyper-connections, and no MTP block here.
 
     Raises:
         ValueError: the configuration contradicts itself; all problems at once.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: AnyConfig) -> None:
         if found := config.problems():
             raise ValueError("model config: " + "; ".join(found))
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config)
-        self.hc_head_fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size))
-        self.hc_head_base = nn.Parameter(torch.zeros(config.hc_mult))
-        self.hc_head_scale = nn.Parameter(torch.empty(1))
-        self.mtp = nn.ModuleList(MTP(config, depth) for depth in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList()
+        if isinstance(config, ModelConfig):
+            self.hc_head_fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size))
+            self.hc_head_base = nn.Parameter(torch.zeros(config.hc_mult))
+            self.hc_head_scale = nn.Parameter(torch.empty(1))
+            self.mtp.extend(MTP(config, depth) for depth in range(config.num_nextn_predict_layers))
         self._initialise()
 
     @torch.no_grad()
@@ -143,8 +149,8 @@ class Transformer(nn.Module):
         return self.mtp[0](hidden.streams, self.embed(following), following, row)
 
     def router_load(self) -> Tensor:
-        """Return the tokens each expert got in training since the last bias update: [L, E] fp32, layers first, then MTP blocks."""
-        return torch.stack([block.ffn.gate.load for block in self._blocks()])
+        """Return the tokens each expert got in training since the last bias update: [L, E] fp32, layers with experts, then MTP blocks."""
+        return torch.stack([gate.load for gate in self._gates()])
 
     @torch.no_grad()
     def update_router_bias(self, speed: float, load: Tensor | None = None) -> None:
@@ -154,12 +160,12 @@ class Transformer(nn.Module):
             speed: step of the bias.
             load: [L, E] loads summed over ranks; None takes this rank's own.
         """
-        for block, counts in zip(self._blocks(), self.router_load() if load is None else load):
-            block.ffn.gate.update_bias(speed, counts)
-            block.ffn.gate.load.zero_()
+        for gate, counts in zip(self._gates(), self.router_load() if load is None else load):
+            gate.update_bias(speed, counts)
+            gate.load.zero_()
 
-    def _blocks(self) -> list[Block]:
-        return [*self.layers, *self.mtp]  # type: ignore[list-item]
+    def _gates(self) -> list[Gate]:
+        return [block.ffn.gate for block in (*self.layers, *self.mtp) if isinstance(block.ffn, MoE)]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Repeat the embedding on every stream, [T, M, D]."""
@@ -176,4 +182,10 @@ class Transformer(nn.Module):
         return streams, balance
 
     def _last(self, streams: Tensor) -> Tensor:
+        if isinstance(self.config, V32Config):
+            return self.norm(streams.squeeze(1))
         return self.norm(merge(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config=self.config))
+
+
+def _block(config: AnyConfig, layer: int) -> Block | V32Block:
+    return V32Block(config, layer) if isinstance(config, V32Config) else Block(config, layer)
