@@ -18,7 +18,9 @@ CHUNK = 1 << 24
 """Scores computed at a time; bounds the memory of a long row (64 MiB in fp32)."""
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
+    """What a call of sparse attention is given; see `op.sparse_attention`."""
+
     q: Tensor
     kv: Tensor
     ckv: Tensor | None
@@ -81,7 +83,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, kv, ckv, sink, indices, row, ratio):
-        inputs = _Inputs(q, kv, ckv, sink, indices, row, ratio)
+        inputs = Inputs(q, kv, ckv, sink, indices, row, ratio)
         ctx.row, ctx.ratio = row, ratio
         out = torch.empty_like(q)
         chunks = inputs.chunks()
@@ -97,7 +99,7 @@ class BlockedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, kv, ckv, sink, indices, *kept = ctx.saved_tensors
         row = ctx.row
-        inputs = _Inputs(q, kv, ckv, sink, indices, row, ctx.ratio)
+        inputs = Inputs(q, kv, ckv, sink, indices, row, ctx.ratio)
         dq, dsink = torch.empty_like(q), torch.zeros_like(sink, dtype=torch.float32)
         dstream = torch.zeros(
             row.reach + row.blocks * row.block, kv.shape[1], device=kv.device, dtype=torch.promote_types(kv.dtype, torch.float32)
@@ -128,7 +130,7 @@ def _put(out: Tensor, rows: Tensor, block: int, first: int) -> None:
         out[low + whole * block :].copy_(part[whole, :rest])
 
 
-def _scatter_keys(inputs: _Inputs, dkeys: Tensor, dstream: Tensor, dckv: Tensor | None, first: int) -> None:
+def _scatter_keys(inputs: Inputs, dkeys: Tensor, dstream: Tensor, dckv: Tensor | None, first: int) -> None:
     """Add the gradients of the gathered keys to the tokens and entries that they came from."""
     row, count = inputs.row, len(dkeys)
     blocks = dstream.view(-1, row.block, dstream.shape[1])

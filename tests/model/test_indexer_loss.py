@@ -1,0 +1,83 @@
+"""The indexer's loss is the divergence of its scores from what the attention spends on the entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kernels.indexer.loss import IndexScores, indexer_loss
+from model.kernels.sparse_attention.blocked import Inputs
+from model.layout import PackedRow
+
+CONFIG = ModelConfig(
+    num_hidden_layers=2, compress_ratios=[4, 128], num_nextn_predict_layers=0, head_dim=16, qk_rope_head_dim=8, sliding_window=24
+)
+HEADS, INDEX_HEADS, INDEX_WIDTH = 3, 5, 8
+
+
+def _case(lengths: list[int], *, selects: int) -> tuple[IndexScores, Inputs]:
+    total = sum(lengths)
+    row = PackedRow(CONFIG, torch.tensor([0, *lengths]).cumsum(0), total)
+    entries = row.entries[4]
+    q, kv, ckv = torch.randn(total, HEADS, 16) * 2, torch.randn(total, 16), torch.randn(len(entries.first), 16)
+    indices = None
+    if selects:
+        order = torch.rand(total, entries.most).masked_fill(torch.arange(entries.most) >= entries.visible[:, None], -1)
+        best = order.topk(min(selects, entries.most), -1)
+        indices = torch.where(best.values >= 0, best.indices, -1)
+    scores = IndexScores(
+        torch.randn(total, INDEX_HEADS, INDEX_WIDTH).requires_grad_(),
+        torch.randn(len(entries.first), INDEX_WIDTH).requires_grad_(),
+        torch.randn(total, INDEX_HEADS).requires_grad_(),
+    )
+    return scores, Inputs(q, kv, ckv, torch.randn(HEADS), indices, row, 4)
+
+
+def _plain(scores: IndexScores, attention: Inputs) -> Tensor:
+    """One query at a time, straight from the definition."""
+    row, divergences = attention.row, []
+    assert attention.ckv is not None
+    for t in range(row.length):
+        base, visible = int(row.entries[4].base[t]), int(row.entries[4].visible[t])
+        chosen = torch.arange(visible) if attention.indices is None else attention.indices[t][attention.indices[t] >= 0].sort().values
+        if len(chosen) == 0:
+            continue
+        first = max(int(row.cu_seqlens[row.sample[t]]), t - row.window + 1)
+        keys = torch.cat([attention.kv[first : t + 1], attention.ckv[base + chosen]])
+        logits = torch.cat([attention.q[t] @ keys.T / 4, attention.sink[:, None]], 1)
+        mass = logits.softmax(-1)[:, t + 1 - first : -1].sum(0)
+        index = (scores.q[t] @ scores.keys[base + chosen].T).relu().T @ scores.weights[t]
+        divergences.append(torch.nn.functional.kl_div(index.log_softmax(0), mass / mass.sum(), reduction="sum"))
+    return torch.stack(divergences).mean()
+
+
+@pytest.mark.parametrize("selects", [0, 3], ids=["dense", "selected"])
+@pytest.mark.parametrize("lengths", [[70], [3, 50, 9, 41], [4]], ids=str)
+def test_the_loss_and_its_gradients_equal_the_definition(lengths, selects):
+    torch.manual_seed(len(lengths) + selects)
+    scores, attention = _case(lengths, selects=selects)
+    got, expected = indexer_loss(scores, attention), _plain(scores, attention)
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(torch.autograd.grad(got, scores), torch.autograd.grad(expected, scores), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_no_entry_no_loss():
+    scores, attention = _case([3, 2], selects=0)
+    assert float(indexer_loss(scores, attention)) == 0
+
+
+def test_following_the_gradient_makes_the_scores_match_the_attention():
+    torch.manual_seed(5)
+    scores, attention = _case([60], selects=0)
+    optimizer = torch.optim.Adam(scores, lr=0.05)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = indexer_loss(scores, attention)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
