@@ -18,4 +18,8 @@ class SupervisedConfig:
     balance_loss_weight: float = 1e-4
     router_bias_speed: float = 1e-3
     mtp_loss_weight: float = 0.0
+    indexer_loss_weight: float = 0.0
+    """0 leaves the indexers as they are. Otherwise they learn to select what the attention looks at, V3.2's two stages in one run."""
+    indexer_dense_steps: int = 0
+    """First steps whose attention sees everything, for the indexers to learn from; afterwards it sees what they select."""
     save_every: int = 50

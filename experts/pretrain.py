@@ -42,7 +42,13 @@ def run(context: StepContext, job: PretrainJob) -> dict[str, Any]:
     samples = [document_sample(tokenizer, text) for text in texts]
     samples += demonstration_samples(fresh, careless, count=job.supervised.demonstrations, seed=context.seed + 1)
     config = job.supervised
-    spec = EngineSpec(model=str(fresh), optimizer=config.optimizer, domains=job.domains, train_mtp=config.mtp_loss_weight > 0)
+    spec = EngineSpec(
+        model=str(fresh),
+        optimizer=config.optimizer,
+        domains=job.domains,
+        train_mtp=config.mtp_loss_weight > 0,
+        train_indexer=config.indexer_loss_weight > 0,
+    )
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
         evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)

@@ -24,7 +24,13 @@ def run(context: StepContext, job: SftJob) -> dict[str, Any]:
     domains = {name: make_domain(name, setup.domain, context.sandbox) for name, setup in job.domains.items()}
     samples = demonstration_samples(start, list(domains.values()), count=job.supervised.demonstrations, seed=context.seed)
     config = job.supervised
-    spec = EngineSpec(model=str(start), optimizer=config.optimizer, domains=job.domains, train_mtp=config.mtp_loss_weight > 0)
+    spec = EngineSpec(
+        model=str(start),
+        optimizer=config.optimizer,
+        domains=job.domains,
+        train_mtp=config.mtp_loss_weight > 0,
+        train_indexer=config.indexer_loss_weight > 0,
+    )
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
         evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)

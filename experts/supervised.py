@@ -28,7 +28,6 @@ def train(context: StepContext, trainer: Trainer, samples: Sequence[PackedSample
     Returns:
         tokens trained on, over all attempts.
     """
-    spec = LossSpec("experts.loss:cross_entropy", balance_weight=config.balance_loss_weight, mtp_weight=config.mtp_loss_weight)
     state = trainer.resume()
     context.tracker.resume_from(state["step"])
     cursor, tokens = state.get("cursor", 0), state.get("tokens", 0)
@@ -36,7 +35,7 @@ def train(context: StepContext, trainer: Trainer, samples: Sequence[PackedSample
         began = time.monotonic()
         cursor, chosen = take(samples, cursor, config.tokens_per_step, seed=seed_of(context.seed, context.name))
         rows = pack(chosen, row_tokens=context.engine.row_tokens)
-        metrics = trainer.forward_backward(rows, spec)
+        metrics = trainer.forward_backward(rows, loss_of_step(config, step))
         lr = learning_rate(step, config=config.optimizer, steps=config.steps)
         metrics |= trainer.optim_step(lr, router_bias_speed=config.router_bias_speed)
         size = sum(len(row.tokens) for row in rows)
@@ -46,6 +45,18 @@ def train(context: StepContext, trainer: Trainer, samples: Sequence[PackedSample
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             trainer.save(step + 1, {"cursor": cursor, "tokens": tokens})
     return tokens
+
+
+def loss_of_step(config: SupervisedConfig, step: int) -> LossSpec:
+    """Say what a step minimises: cross-entropy, and what the configuration adds for routers, MTP and indexers."""
+    learns = config.indexer_loss_weight > 0
+    return LossSpec(
+        "experts.loss:cross_entropy",
+        balance_weight=config.balance_loss_weight,
+        mtp_weight=config.mtp_loss_weight,
+        indexer_weight=config.indexer_loss_weight,
+        indexer=("dense" if step < config.indexer_dense_steps else "sparse") if learns else "",
+    )
 
 
 def take(samples: Sequence[PackedSample], cursor: int, tokens: int, *, seed: int) -> tuple[int, list[PackedSample]]:

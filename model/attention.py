@@ -10,6 +10,7 @@ from model.compressor import Compressor
 from model.config import ModelConfig
 from model.cpu import small_products
 from model.indexer import RATIO, Indexer
+from model.kernels.sparse_attention.blocked import Inputs
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 from model.linear import GroupedLinear, linear
@@ -62,9 +63,12 @@ class Attention(nn.Module):
             entries = self.compressor(x, row, *((cache.compressor, plan) if cache is not None else ()))
             if cache is not None and plan is not None:
                 plan.put_entries(cache.keys, entries, self.ratio, offset=FRONT + row.window)
-        if self.indexer is not None:
+        if self.indexer is not None and row.indexer != "dense":
             indices = self.indexer(x, latent, row, cache, plan)
-        out = sparse_attention(row.spread(q), row.spread(kv), entries, indices, self.attn_sink, row=row, ratio=self.ratio)
+        q, kv = row.spread(q), row.spread(kv)
+        if self.indexer is not None and row.indexer:
+            self.indexer.learn(x, latent, Inputs(q, kv, entries, self.attn_sink, indices, row, self.ratio))
+        out = sparse_attention(q, kv, entries, indices, self.attn_sink, row=row, ratio=self.ratio)
         return self._output(row.gather(out), turns)
 
     def decode(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:

@@ -9,7 +9,9 @@ from model.cache import LayerCache, PrefillPlan, Step
 from model.compressor import Compressor
 from model.config import AnyConfig, ModelConfig
 from model.cpu import small_products
+from model.kernels.indexer.loss import IndexScores, indexer_loss
 from model.kernels.indexer.reference import select, top_entries
+from model.kernels.sparse_attention.blocked import Inputs
 from model.layout import PackedRow
 from model.linear import linear
 from model.rope import rotate, rotate_halves
@@ -68,6 +70,20 @@ class Indexer(nn.Module):
             return None
         q, weights = self._query(x, latent, row.turns[True])
         return select(row.spread(q), keys, row.spread(weights), row=row, ratio=self.ratio, count=self.count)
+
+    def learn(self, x: Tensor, latent: Tensor, attention: Inputs) -> None:
+        """Leave the loss of this layer's scores against what its attention does in `row.indexer_losses`.
+
+        The inputs are constants here: the loss trains the indexer alone.
+
+        Args:
+            x: [U, D] and latent: [U, R] as in `forward`.
+            attention: what the layer's sparse attention is given.
+        """
+        x, latent, row = x.detach(), latent.detach(), attention.row
+        q, weights = self._query(x, latent, row.turns[True])
+        scores = IndexScores(row.spread(q), self._keys(x, row, None, None), row.spread(weights))
+        row.indexer_losses.append(indexer_loss(scores, attention))
 
     def decode(self, x: Tensor, latent: Tensor, step: Step, cache: LayerCache) -> Tensor | None:
         """Take one token a row [B, D]; returns the bias [B, 1, keys] of the selection, None when all entries are visible."""

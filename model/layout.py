@@ -54,6 +54,9 @@ class PackedRow:
     Attributes:
         source: [T] int64, the computed token that each token equals; None when all are computed (U = T).
         origin: [U] int64, one token of the row for each computed one.
+        indexer: how the indexers go along: "" selects; "dense" lets every query see all its entries, so that an untrained indexer can learn
+            from them; "sparse" selects and learns from the selected ones.
+        indexer_losses: filled by the layers where `indexer` is not "", one [] fp32 tensor each.
         cu_seqlens: [N + 1] int64.
         sample, position: [T] int64, which sample a token belongs to and where in it.
         entries: compressed entries by compress ratio.
@@ -61,7 +64,7 @@ class PackedRow:
         block, blocks: queries a block, and how many blocks cover the row; the last may be partly empty.
     """
 
-    def __init__(self, config: AnyConfig, cu_seqlens: Tensor, length: int, source: Tensor | None = None) -> None:
+    def __init__(self, config: AnyConfig, cu_seqlens: Tensor, length: int, source: Tensor | None = None, *, indexer: str = "") -> None:
         cu = cu_seqlens.to(torch.int64)
         lengths = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != length or bool((lengths <= 0).any()):
@@ -73,6 +76,7 @@ class PackedRow:
         self.window = config.sliding_window
         self.sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=length)
         self.position = torch.arange(length, device=device) - cu[self.sample]
+        self.indexer, self.indexer_losses = indexer, list[Tensor]()
         self.source = source
         self.origin = None if source is None else _origins(source)
         self.block = min(QUERY_BLOCK, -(-length // 8) * 8)

@@ -9,6 +9,7 @@ from model.cache import FRONT, LayerCache, PrefillPlan, Step
 from model.config import V32Config
 from model.cpu import small_products
 from model.indexer import TokenIndexer
+from model.kernels.sparse_attention.blocked import Inputs
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 from model.linear import linear
@@ -66,10 +67,13 @@ class MLA(nn.Module):
         q, key = row.spread(q), row.spread(key)
         if cache is not None and plan is not None:
             plan.put_entries(cache.keys, key, RATIO, offset=FRONT + row.window)
-        indices = self.indexer(x, latent, row, cache, plan)
+        indices = None if row.indexer == "dense" else self.indexer(x, latent, row, cache, plan)
         sink = key.new_full((self.heads,), NO_SINK)
         own = key.new_zeros(len(key), key.shape[1])  # the window is empty: a query meets tokens, itself among them, as entries only
-        out = sparse_attention(q * q.shape[2] ** 0.5, own, key, indices, sink, row=row, ratio=RATIO)  # which divides by that root
+        q = q * q.shape[2] ** 0.5  # by which sparse attention divides
+        if row.indexer:
+            self.indexer.learn(x, latent, Inputs(q, own, key, sink, indices, row, RATIO))
+        out = sparse_attention(q, own, key, indices, sink, row=row, ratio=RATIO)
         return self._output(row.gather(out))
 
     def decode(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:

@@ -30,11 +30,13 @@ class Hidden(NamedTuple):
         last: [T, D] after the final merge and norm, what the head reads.
         streams: [U, M, D] residual streams after the last block, what MTP reads.
         balance_loss: [] fp32, sequence-wise, summed over the scored layers, without its weight; None where samples share tokens.
+        indexer_loss: [] fp32 nats, averaged over the layers with an indexer; None unless it was asked for.
     """
 
     last: Tensor
     streams: Tensor
     balance_loss: Tensor | None
+    indexer_loss: Tensor | None = None
 
 
 class Head(nn.Module):
@@ -86,7 +88,7 @@ class Transformer(nn.Module):
             elif parameter.ndim >= 2 and not name.endswith("ape"):
                 parameter.normal_(0, self.config.initializer_range)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, source: Tensor | None = None) -> Hidden:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, source: Tensor | None = None, *, indexer: str = "") -> Hidden:
         """Pass one packed row; no sample sees another.
 
         Args:
@@ -94,10 +96,12 @@ class Transformer(nn.Module):
             cu_seqlens: [N + 1] int32 or int64, from 0 to T.
             source: [T] int64, which of U computed tokens each token is; samples that begin with the same tokens may share those, at the
                 same positions. None computes every token.
+            indexer: "" selects, "dense" and "sparse" let the indexers learn, see `PackedRow.indexer`.
         """
-        row = PackedRow(self.config, cu_seqlens, len(tokens), source)
+        row = PackedRow(self.config, cu_seqlens, len(tokens), source, indexer=indexer)
         streams, balance = self._streams(row.gather(tokens), row)
-        return Hidden(row.spread(self._last(streams)), streams, balance)
+        learnt = torch.stack(row.indexer_losses).mean() if row.indexer_losses else None
+        return Hidden(row.spread(self._last(streams)), streams, balance, learnt)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:

@@ -40,7 +40,7 @@ class Engine:
         join_ranks(spec, rank)
         model = weights.load(Path(spec.model))
         self.tokenizer = Tokenizer.load(Path(spec.model))
-        freeze(model, train_mtp=spec.train_mtp)
+        freeze(model, train_mtp=spec.train_mtp, train_indexer=spec.train_indexer)
         self.objective = Objective(model)
         optimizer = HybridOptimizer(model.named_parameters(), spec.optimizer)
         config = {
@@ -139,14 +139,16 @@ class Engine:
         return deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3)
 
 
-def freeze(model: Transformer, *, train_mtp: bool) -> None:
-    """Exclude what no loss reaches: the indexers (their top-k passes no gradient) and, unless it is trained, the MTP block.
+def freeze(model: Transformer, *, train_mtp: bool, train_indexer: bool) -> None:
+    """Exclude what no loss reaches: unless they are trained, the indexers (their top-k passes no gradient) and the MTP block.
 
     Left in, ZeRO would give them zero gradients, and weight decay would wear them away.
     """
     for name, parameter in model.named_parameters():
-        if ".indexer." in name or (name.startswith("mtp.") and not train_mtp):
-            parameter.requires_grad_(False)
+        if ".indexer." in name:
+            parameter.requires_grad_(train_indexer)
+        elif name.startswith("mtp."):
+            parameter.requires_grad_(train_mtp)
 
 
 def join_ranks(spec: EngineSpec, rank: int) -> None:

@@ -65,7 +65,7 @@ class Objective(nn.Module):
         device = self.model.embed.weight.device
         row = row_tensors(batch, device, share=not (spec.balance_weight or spec.mtp_weight))
         tokens, cu_seqlens, _ = row
-        hidden = self.model(*row)
+        hidden = self.model(*row, indexer=spec.indexer)
         where = torch.from_numpy(batch.targets.nonzero()[0]).to(device)  # [R]
         rows = Rows(
             hidden=hidden.last[where - 1],
@@ -81,6 +81,9 @@ class Objective(nn.Module):
         if spec.balance_weight:
             total = total + spec.balance_weight * hidden.balance_loss * (batch.target_count / denominator)
             metrics["balance_loss"] = hidden.balance_loss.detach() * batch.target_count
+        if spec.indexer:
+            total = total + spec.indexer_weight * hidden.indexer_loss * (batch.target_count / denominator)
+            metrics["indexer_loss"] = hidden.indexer_loss.detach() * batch.target_count
         if spec.mtp_weight:
             mtp_total = self._mtp(hidden, tokens, cu_seqlens, where)
             total = total + spec.mtp_weight * mtp_total / denominator

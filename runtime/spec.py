@@ -26,6 +26,7 @@ class EngineSpec:
         sandbox: limits of the domains' environments.
         ranks: number of ranks.
         train_mtp: whether a loss reaches the MTP block.
+        train_indexer: whether a loss reaches the indexers.
         rendezvous: `tcp://host:port` or `file://path` where the ranks meet.
     """
 
@@ -38,6 +39,7 @@ class EngineSpec:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     ranks: int = 1
     train_mtp: bool = False
+    train_indexer: bool = False
     rendezvous: str = ""
 
 
@@ -51,12 +53,16 @@ class LossSpec:
         options: keyword arguments of the function.
         balance_weight: weight of the routers' balance loss.
         mtp_weight: weight of the MTP block's cross-entropy.
+        indexer_weight: weight of the indexers' loss.
+        indexer: "dense" or "sparse" attention while the indexers learn, "" where they do not, see `model.layout.PackedRow`.
     """
 
     target: str
     options: dict[str, Any] = field(default_factory=dict)
     balance_weight: float = 0.0
     mtp_weight: float = 0.0
+    indexer_weight: float = 0.0
+    indexer: str = ""
 
     def resolve(self) -> Callable[..., Any]:
         """Import the function."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from model.config import ModelConfig
 from model.kernels.indexer.loss import IndexScores, indexer_loss
 from model.kernels.sparse_attention.blocked import Inputs
 from model.layout import PackedRow
+from model.transformer import Transformer
 
 CONFIG = ModelConfig(
     num_hidden_layers=2, compress_ratios=[4, 128], num_nextn_predict_layers=0, head_dim=16, qk_rope_head_dim=8, sliding_window=24
@@ -81,3 +84,25 @@ def test_following_the_gradient_makes_the_scores_match_the_attention():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("indexer", ["dense", "sparse"])
+def test_the_loss_of_a_model_trains_its_indexers_and_nothing_else(indexer):
+    torch.manual_seed(8)
+    model = Transformer(
+        replace(
+            CONFIG, vocab_size=50, hidden_size=24, num_attention_heads=2, q_lora_rank=12, o_groups=1, o_lora_rank=8, index_n_heads=4,
+            index_head_dim=8, index_topk=5, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=0,
+            initializer_range=0.3,
+        )
+    )  # fmt: skip
+    model.requires_grad_(True)
+    tokens, cu = torch.randint(50, (90,)), torch.tensor([0, 60, 90])
+    hidden = model(tokens, cu, indexer=indexer)
+    hidden.indexer_loss.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().max() > 0)}
+    assert moved and all(".indexer." in name for name in moved)
+    assert {name.split(".indexer.")[1] for name in moved} >= {"wq_b.weight", "weights_proj.weight", "compressor.wkv.weight"}
+    selects_all = torch.equal(hidden.last, model(tokens, cu).last)
+    assert selects_all == (indexer == "sparse")
+    assert model(tokens, cu).indexer_loss is None

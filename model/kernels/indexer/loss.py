@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from model.kernels.sparse_attention.blocked import Inputs
-from model.layout import PackedRow
 
 
 class IndexScores(NamedTuple):
