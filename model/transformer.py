@@ -147,7 +147,12 @@ class Transformer(nn.Module):
         """Return [T, D] hidden states of the MTP block: through the head they predict token t + 2.
 
         The last token of each sample has no successor; what stands there is meaningless and no other token sees it.
+
+        Raises:
+            ValueError: the model has no MTP block.
         """
+        if not self.mtp:
+            raise ValueError("mtp: this model has no MTP block, expected num_nextn_predict_layers = 1 of a V4")
         row = PackedRow(self.config, cu_seqlens, len(tokens))
         following = tokens.roll(-1)
         return self.mtp[0](hidden.streams, self.embed(following), following, row)
