@@ -81,14 +81,6 @@ class ArchitectureConfig:
             kept["rope_scaling"] = made(**{k: v for k, v in scaling.items() if k in names})
         return cls(**kept)
 
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Read a `config.json` of this very architecture; see `load_config`."""
-        config = load_config(path)
-        if not isinstance(config, cls):
-            raise ValueError(f"{path}: model_type: got {config.model_type!r}, expected {cls.model_type!r}")
-        return config
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ready for `config.json`."""
         return asdict(self)
