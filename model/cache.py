@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import AnyConfig
 from model.layout import PackedRow
 from model.rope import inverse_frequencies, rotations
 
@@ -28,10 +28,10 @@ class LayerCache:
     """One layer's state.
 
     Attributes:
-        keys: [B, 1 + W + entries, K] zero key, window ring (slot = position mod W), compressed entries.
+        keys: [B, 1 + W + entries, K] zero key, window ring (slot = position mod W), compressed entries; in V3.2 every token is an entry.
         compressor: rolling state, None without a compressor.
-        index_keys: [B, entries, K'] of a CSA layer's indexer.
-        indexer: rolling state of the indexer's compressor.
+        index_keys: [B, entries, K'] of a layer's indexer.
+        indexer: rolling state of the indexer's compressor, None without one.
     """
 
     keys: Tensor
@@ -51,7 +51,7 @@ class Cache:
     """
 
     def __init__(
-        self, config: ModelConfig, *, rows: int, capacity: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self, config: AnyConfig, *, rows: int, capacity: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.config, self.capacity = config, capacity
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -78,9 +78,7 @@ class Cache:
         return chosen
 
 
-def _layer_cache(
-    config: ModelConfig, ratio: int, *, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
-) -> LayerCache:
+def _layer_cache(config: AnyConfig, ratio: int, *, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(rows, *shape, device=device, dtype=dtype)
 
@@ -89,11 +87,13 @@ def _layer_cache(
         return CompressorState(torch.zeros(shape, device=device), torch.full(shape, float("-inf"), device=device))
 
     entries = capacity // ratio if ratio else 0
-    layer = LayerCache(zeros(FRONT + config.sliding_window + entries, config.head_dim))
-    if ratio:
-        layer.compressor = state(config.head_dim)
+    layer = LayerCache(zeros(FRONT + config.sliding_window + entries, config.key_width))
+    if ratio > 1:
+        layer.compressor = state(config.key_width)
+    if ratio in (1, 4):
+        layer.index_keys = zeros(entries, config.index_head_dim)
     if ratio == 4:
-        layer.index_keys, layer.indexer = zeros(entries, config.index_head_dim), state(config.index_head_dim)
+        layer.indexer = state(config.index_head_dim)
     return layer
 
 
@@ -157,7 +157,7 @@ class Step:
         longest: tokens of the longest row, this one included; most: by ratio, its entries.
     """
 
-    def __init__(self, config: ModelConfig, positions: Tensor) -> None:
+    def __init__(self, config: AnyConfig, positions: Tensor) -> None:
         self.position, self.window = positions, config.sliding_window
         self.rows = torch.arange(len(positions), device=positions.device)
         self.slot = FRONT + positions % self.window

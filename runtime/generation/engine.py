@@ -7,7 +7,7 @@ the other rows) or sampling. A row that ends its turn is parsed and shown to its
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from domains.catalog import make_domain
 from domains.config import SandboxConfig
 from domains.types import Domain, Environment, Message, Prompt, Sample
 from model.cache import Cache
+from model.decoding import Decoder, decoder_for
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
@@ -78,9 +79,11 @@ class Generator:
             P * G samples, those of one prompt together.
         """
         at_once = max(1, MAX_ROWS // samples)
+        decoding = decoder_for(self.model)
         out: list[Sample] = []
         for start in range(0, len(prompts), at_once):
-            out += self._generate(prompts[start : start + at_once], seeds[start : start + at_once], sampling, samples)
+            rows = self._rows(prompts[start : start + at_once], seeds[start : start + at_once], sampling, samples)
+            out += self._generate(rows, sampling, samples, decoding=decoding)
         return out
 
     def close(self) -> None:
@@ -90,10 +93,10 @@ class Generator:
                 closable.close()
         self._domains, self._environments = {}, {}
 
-    def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, samples: int) -> list[Sample]:
-        domain, environment = self._domain(prompts[0].domain)
+    def _rows(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, samples: int) -> list[_Row]:
+        domain, _ = self._domain(prompts[0].domain)
         encoded = [prompt_tokens(self.tokenizer, p.messages, domain.thinking_mode) for p in prompts]
-        rows = [
+        return [
             _Row(
                 prompt=prompts[i],
                 tokens=list(encoded[i]),
@@ -104,50 +107,50 @@ class Generator:
             for i in range(len(prompts))
             for g in range(samples)
         ]
+
+    def _generate(self, rows: list[_Row], sampling: SamplingConfig, samples: int, *, decoding: Callable[[Cache], Decoder]) -> list[Sample]:
+        domain, environment = self._domain(rows[0].prompt.domain)
         if environment is not None:
             for row, episode in zip(rows, environment.open([r.prompt for r in rows]), strict=True):
                 row.episode = episode
-        hidden, cache = self._prefill(encoded, sampling, samples)
-        self._decode(rows, hidden, cache, sampling, _Turns(self.tokenizer, domain, environment, sampling))
+        logits, cache = self._prefill([row.tokens for row in rows[::samples]], sampling, samples)
+        self._decode(rows, logits, decoding(cache), _Turns(self.tokenizer, domain, environment, sampling, cache.capacity))
         outcomes = [{} for _ in rows] if environment is None else environment.finish([r.episode for r in rows])
         return [row.sample(outcome) for row, outcome in zip(rows, outcomes, strict=True)]
 
     def _prefill(self, encoded: list[list[int]], sampling: SamplingConfig, samples: int) -> tuple[Tensor, Cache]:
-        """Run each prompt once; its cache row is then repeated for its samples."""
+        """Run each prompt once; its logits and its cache row are then repeated for its samples."""
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
         capacity = max(map(len, encoded)) + sampling.max_new_tokens + TURN_ALLOWANCE * (sampling.max_turns - 1) + 1
         cache = Cache(self.model.config, rows=len(encoded), capacity=capacity, device=device, dtype=dtype)
         lengths = torch.tensor([0, *map(len, encoded)], device=device)
         tokens = torch.tensor([t for prompt in encoded for t in prompt], device=device)
-        hidden = self.model.prefill(tokens, lengths.cumsum(0), cache)  # [P, D]
+        logits = self.model.head(self.model.prefill(tokens, lengths.cumsum(0), cache))  # [P, V]
         repeat = torch.arange(len(encoded), device=device).repeat_interleave(samples)
-        return hidden[repeat], cache.select(repeat)
+        return logits[repeat], cache.select(repeat)
 
-    def _decode(self, rows: list[_Row], hidden: Tensor, cache: Cache, sampling: SamplingConfig, turns: _Turns) -> None:
-        limit, steps = cache.capacity, 0
+    def _decode(self, rows: list[_Row], logits: Tensor, decoder: Decoder, turns: _Turns) -> None:
+        sampling, limit = turns.sampling, turns.limit
         while True:
             draws = None
             if sampling.temperature > 0:
                 draws = torch.tensor(
-                    [r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=hidden.device
+                    [r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=logits.device
                 )
-            chosen, logprobs = choose(self.model.head(hidden), draws, sampling.temperature)
+            chosen, logprobs = choose(logits, draws, sampling.temperature)
             ended = [
                 row
                 for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True)
-                if not row.done and _advance(row, token, logprob, eos=self.tokenizer.eos, budget=sampling.max_new_tokens, limit=limit)
+                if _advance(row, token, logprob, eos=self.tokenizer.eos, budget=sampling.max_new_tokens, limit=limit)
             ]
             if ended:
                 turns.end(ended)
-            steps += 1
-            alive = [i for i, row in enumerate(rows) if not row.done]
-            if not alive:
-                return
-            # Dropping rows copies the cache, so they leave in eighths; a finished row must not run past the cache meanwhile.
-            if 8 * (len(rows) - len(alive)) >= len(rows) or any(len(r.tokens) + steps >= limit for r in rows if r.done):
-                keep = torch.tensor(alive, device=hidden.device)
-                rows, cache, steps = [rows[i] for i in alive], cache.select(keep), 0
-            hidden = self.model.decode(torch.tensor([r.tokens[-1] for r in rows], device=hidden.device), cache)
+                alive = [i for i, row in enumerate(rows) if not row.done]
+                if not alive:
+                    return
+                rows = [rows[i] for i in alive]
+                decoder.keep(alive)
+            logits = decoder.step([r.tokens[-1] for r in rows])
 
     def _domain(self, name: str) -> tuple[Domain, Environment | None]:
         if name not in self._domains:
@@ -176,12 +179,13 @@ def _truncate(row: _Row) -> bool:
 
 @dataclass
 class _Turns:
-    """What happens when a turn ends: parse it, ask the environment, give the row what came back."""
+    """What happens when a turn ends: parse it, ask the environment, give the row what came back; `limit` tokens fit in a row."""
 
     tokenizer: Tokenizer
     domain: Domain
     environment: Environment | None
     sampling: SamplingConfig
+    limit: int
 
     def end(self, rows: list[_Row]) -> None:
         """End the turns of several rows at once."""
