@@ -160,7 +160,7 @@ class Step:
     def __init__(self, config: AnyConfig, positions: Tensor) -> None:
         self.position, self.window = positions, config.sliding_window
         self.rows = torch.arange(len(positions), device=positions.device)
-        self.slot = FRONT + positions % self.window
+        self.slot = FRONT + positions % max(self.window, 1)
         ratios = sorted({r for r in config.compress_ratios if r})
         frequencies = {kind: inverse_frequencies(config, compressed=kind) for kind in (False, bool(ratios))}
         self.turns = {kind: rotations(positions, f) for kind, f in frequencies.items()}
