@@ -75,9 +75,11 @@ def look_up(table: Tensor, codes: Tensor, out: Tensor) -> None:
 
 
 def check_scales(scales: Tensor, expected: tuple[int, ...], name: str) -> None:
-    """Raise ValueError where scales do not have the shape that their tensor asks for."""
+    """Raise ValueError where scales do not have the shape that their tensor asks for, or are bytes that mean nothing by themselves."""
     if tuple(scales.shape) != expected:
         raise ValueError(f"{name}: got scales of shape {tuple(scales.shape)}, expected {expected}")
+    if not scales.is_floating_point():
+        raise ValueError(f"{name}: got scales of type {scales.dtype}, expected torch.float8_e8m0fnu")
 
 
 def refuse_blocks(bad: Tensor, name: str, reason: str) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from model.quant.blocks import blocked, scale_shape, unblocked, walk
 
 NAN_BYTE = 255
-_LEAST_BYTE, _BIAS, _FRACTION_BITS, _EXPONENT_MASK = 1, 127, 23, 0x7F800000
+BIAS = 127
+_LEAST_BYTE, _FRACTION_BITS, _EXPONENT_MASK = 1, 23, 0x7F800000
 
 
 @dataclass(frozen=True)

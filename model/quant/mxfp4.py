@@ -13,13 +13,10 @@ from torch import Tensor
 
 from model.quant.blocks import blocked, check_scales, look_up, refuse_blocks, scale_shape, unblocked, walk
 from model.quant.fp8 import WEIGHT_BLOCK
-from model.quant.grid import E2M1, NAN_BYTE, powers, round_to_grid_, settle_scales_
+from model.quant.grid import BIAS, E2M1, NAN_BYTE, powers, round_to_grid_, settle_scales_
 
 GROUP = 32
 """Consecutive elements along K that share a scale. Source: OCP microscaling formats specification 1.0."""
-_PAIR_BITS = {torch.bfloat16: torch.int32, torch.float32: torch.int64}
-_E4M3_STEPS = 2.0**9
-"""Steps in 1: e4m3 holds exactly the numbers of two significant bits, up to 448, that are multiples of 2^-9."""
 _HEADROOM = 6
 """An FP8 scale is the greatest MXFP4 scale of its block / 2^6: 6 * 2^6 = 384 fits below 448, 2^7 would not. Source: v4_spec 7."""
 _FAR = -30
@@ -122,6 +119,7 @@ def fits_fp8(packed: Tensor, scales: Tensor, *, block: tuple[int, int] = WEIGHT_
     return _to_fp8(packed, scales, block)[1] != NAN_BYTE
 
 
+@torch.no_grad()
 def _to_fp8(packed: Tensor, scales: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Convert; the scale byte of a block that does not fit is `NAN_BYTE`."""
     shape = (*packed.shape[:-1], 2 * packed.shape[-1])
@@ -134,10 +132,10 @@ def _to_fp8(packed: Tensor, scales: Tensor, block: tuple[int, int]) -> tuple[Ten
         top = _top_exponents(codes, groups, block)
         scale.copy_(torch.where(top == NAN_BYTE, NAN_BYTE, (top - _HEADROOM).clamp_min(1)))
         spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1] // GROUP, 1)[: groups.shape[0], : groups.shape[1]]
-        distance = (groups.int() - spread.int()).clamp(-2 * NAN_BYTE // 8, _HEADROOM)
+        distance = (groups.int() - spread.int()).clamp(_FAR, _HEADROOM)
         wide = torch.empty(target.shape, device=target.device)
         look_up(_pairs(wide.dtype, str(wide.device)), codes, wide.view(torch.int64))
-        _scale_groups_(wide, torch.exp2(distance.float()))
+        _scale_groups_(wide, powers((distance + BIAS).to(torch.uint8)))
         target.copy_(wide)
         lost = blocked(wide.mul_(_E4M3_STEPS).frac_(), block).abs().amax((1, 3)) > 0
         scale.masked_fill_(lost, NAN_BYTE)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.fp8 import ACTIVATION_BLOCK, ACTIVATION_FLOOR, dequantize_fp8, quantize_fp8
@@ -39,6 +39,7 @@ def by_the_book(x: torch.Tensor, block: tuple[int, int], floor: float = 0.0) -> 
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
+@settings(deadline=None)
 @given(rows=st.integers(1, 140), columns=st.integers(1, 140), seed=st.integers(0, 999), spread=st.integers(0, 30))
 def test_bytes_are_those_of_the_oracle(block: tuple[int, int], rows: int, columns: int, seed: int, spread: int) -> None:
     x = drawn((rows, columns), seed, spread)
@@ -50,6 +51,7 @@ def test_bytes_are_those_of_the_oracle(block: tuple[int, int], rows: int, column
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
+@settings(deadline=None)
 @given(shape=shapes, seed=st.integers(0, 999))
 def test_a_stack_is_quantised_matrix_by_matrix(block: tuple[int, int], shape: tuple[int, ...], seed: int) -> None:
     x = drawn(shape, seed)
@@ -65,6 +67,7 @@ def test_a_stack_is_quantised_matrix_by_matrix(block: tuple[int, int], shape: tu
         assert torch.equal(restored, dequantize_fp8(*alone, block=block))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 999), rows=st.integers(1, 200), columns=st.integers(1, 200), byte=st.integers(30, 200))
 def test_every_code_comes_back(seed: int, rows: int, columns: int, byte: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +85,7 @@ def test_every_code_comes_back(seed: int, rows: int, columns: int, byte: int) ->
     assert torch.equal(narrow.float(), wide)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 999), spread=st.integers(0, 20))
 def test_quantising_again_changes_no_value(seed: int, spread: int) -> None:
     once = dequantize_fp8(*quantize_fp8(drawn((130, 140), seed, spread)))
@@ -148,6 +152,8 @@ def test_contradicting_shapes_are_refused() -> None:
         dequantize_fp8(values, scales, block=(1, 128))
     with pytest.raises(ValueError, match=r"got scales of shape \(1,\), expected \(1, 1\)"):
         quantize_fp8(torch.ones(2, 2), scales=scales[0, :1])
+    with pytest.raises(ValueError, match=r"got scales of type torch\.uint8, expected torch\.float8_e8m0fnu"):
+        dequantize_fp8(values, scales.view(torch.uint8))
     for x, block in ((torch.ones(5), (128, 128)), (torch.ones(5, 0), (1, 128)), (torch.ones(()), (1, 128))):
         with pytest.raises(ValueError, match="expected"):
             quantize_fp8(x, block)

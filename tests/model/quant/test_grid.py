@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.grid import E2M1, E4M3, NAN_BYTE, onto_grid, powers, round_to_grid_, scale_bytes
@@ -29,6 +29,7 @@ def exact_byte(amax: float, largest: float) -> int:
 
 
 @pytest.mark.parametrize("grid", [E2M1, E4M3], ids=["e2m1", "e4m3"])
+@settings(deadline=None)
 @given(amax=magnitudes)
 def test_a_scale_is_the_least_power_of_two_that_suffices(grid, amax: float) -> None:
     assert scale_bytes(torch.tensor(amax), grid.largest).item() == exact_byte(amax, grid.largest)
@@ -43,6 +44,7 @@ def test_a_scale_steps_exactly_where_the_greatest_value_is_passed(grid) -> None:
     assert torch.equal(above, exactly + 1)
 
 
+@settings(deadline=None)
 @given(first=magnitudes, second=magnitudes)
 def test_scales_are_monotonic(first: float, second: float) -> None:
     low, high = scale_bytes(torch.tensor(sorted((first, second))), 6.0).tolist()
@@ -75,6 +77,7 @@ def test_rounding_equals_the_oracle_on_every_bfloat16_and_around_every_midpoint(
 
 
 @pytest.mark.parametrize("name", TYPES)
+@settings(deadline=None)
 @given(x=st.floats(-1, 1, width=32), power=st.integers(-10, 2))
 def test_rounding_equals_the_oracle_on_drawn_numbers(name: str, x: float, power: int) -> None:
     grid, oracle = TYPES[name]
@@ -83,6 +86,7 @@ def test_rounding_equals_the_oracle_on_drawn_numbers(name: str, x: float, power:
 
 
 @pytest.mark.parametrize("grid", [E2M1, E4M3], ids=["e2m1", "e4m3"])
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), columns=st.integers(1, 70), spread=st.integers(0, 60))
 def test_rounding_blocks_is_idempotent_monotonic_and_bounded(grid, seed: int, rows: int, columns: int, spread: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.hadamard import hadamard
@@ -22,6 +22,7 @@ def test_it_multiplies_by_the_matrix(width: int) -> None:
     torch.testing.assert_close(hadamard(x), (x.double() @ matrix(width)).float(), atol=2e-6, rtol=2e-6)
 
 
+@settings(deadline=None)
 @given(power=st.integers(0, 8), lead=st.sampled_from([(), (1,), (7,), (2, 3), (0,), (300,)]), seed=st.integers(0, 999))
 def test_it_keeps_products_and_undoes_itself(power: int, lead: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

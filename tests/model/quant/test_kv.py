@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.fp8 import dequantize_fp8, quantize_fp8
@@ -24,6 +24,7 @@ def test_a_row_of_the_release_has_584_bytes_in_its_order() -> None:
     assert torch.equal(rows[:, 576:583], scales.view(torch.uint8)) and not rows[:, 583].any()
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 700),
     part=st.floats(0, 1),

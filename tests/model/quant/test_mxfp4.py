@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.fp8 import dequantize_fp8
@@ -31,6 +31,7 @@ def scales_of(exponents: torch.Tensor) -> torch.Tensor:
     return (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 9), pairs=st.integers(1, 60), seed=st.integers(0, 9999), spread=st.integers(0, 6))
 def test_codes_are_those_of_the_oracle(rows: int, pairs: int, seed: int, spread: int) -> None:
     x = drawn((rows, 2 * pairs), seed, spread)
@@ -58,6 +59,7 @@ def test_all_bytes_unpack_low_nibble_first() -> None:
         assert got.signbit().tolist() == [[math.copysign(1, v) < 0 for v in row] for row in expected]
 
 
+@settings(deadline=None)
 @given(shape=st.sampled_from([(2,), (3, 34), (2, 3, 64), (1, 1, 5, 100), (4, 0, 32)]), seed=st.integers(0, 999))
 def test_bytes_come_back_with_their_scales_and_values_without(shape: tuple[int, ...], seed: int) -> None:
     packed = random_bytes((*shape[:-1], shape[-1] // 2), seed)
@@ -76,6 +78,7 @@ def test_bytes_are_stable_from_the_second_time_on() -> None:
     assert torch.equal(second[0], third[0]) and torch.equal(second[1].view(torch.uint8), third[1].view(torch.uint8))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 9999))
 def test_the_error_is_at_most_half_a_step(seed: int) -> None:
     x = drawn((8, 64), seed, 4)
@@ -110,6 +113,7 @@ def test_a_nan_scale_stays_visible() -> None:
 
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 128), (128, 32), (7, 96)], ids=str)
+@settings(deadline=None)
 @given(
     shape=st.sampled_from([(1, 2), (128, 128), (130, 160), (2, 5, 70), (3, 128, 256)]), seed=st.integers(0, 99), base=st.integers(-80, 80)
 )

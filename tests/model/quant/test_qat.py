@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant.fp8 import dequantize_fp8, quantize_fp8
@@ -15,6 +15,7 @@ from model.quant.mxfp4 import dequantize_mxfp4, mxfp4_to_fp8, quantize_mxfp4
 from model.quant.qat import fake_quantize_fp8, fake_quantize_index, fake_quantize_kv, fake_quantize_mxfp4, straight_through
 
 
+@settings(deadline=None)
 @given(shape=st.sampled_from([(2,), (5, 34), (3, 16, 64), (2, 40, 100)]), seed=st.integers(0, 999), spread=st.integers(0, 8))
 def test_experts_see_what_the_checkpoint_will_hold(shape: tuple[int, ...], seed: int, spread: int) -> None:
     generator = torch.Generator().manual_seed(seed)
