@@ -154,9 +154,18 @@ def read_model(name: str) -> AnyConfig:
         raise UsageError(choose("models", name, known))
     try:
         if name not in known:
-            return load_config(path)
+            return _from_file(path)
         values = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(values, dict)
         return parse_config({"model_type": ModelConfig.model_type} | {str(key): value for key, value in values.items()})
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _from_file(path: Path) -> AnyConfig:
+    if path.name != "config.json":
+        return load_config(path)
+    # Imported here: reads transformers' keys as well, and takes a second to load torch.
+    from model.checkpoints.settings import read_config
+
+    return read_config(path.parent)

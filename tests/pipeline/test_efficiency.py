@@ -95,6 +95,15 @@ def test_a_config_json_and_its_directory_are_models(capsys, tmp_path):
     assert one == two == three
 
 
+def test_a_config_of_transformers_is_a_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.DeepseekV4Config(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_hash_layers=1)
+    settings.save_pretrained(tmp_path)
+    found = read_model(str(tmp_path))
+    assert (found.vocab_size, found.hidden_size, found.num_hidden_layers) == (64, 32, 3)
+    assert measure({"theirs": found}, [4096])["models"]["theirs"]["params_total"] > 0
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
