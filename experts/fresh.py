@@ -6,11 +6,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from model.config import ModelConfig
+from model.config import AnyConfig
 from model.tokenizer import Tokenizer
 
 
-def write_fresh_model(directory: Path, config: ModelConfig, tokenizer: Tokenizer, *, seed: int) -> None:
+def write_fresh_model(directory: Path, config: AnyConfig, tokenizer: Tokenizer, *, seed: int) -> None:
     """Initialise a model from a seed and write it beside its tokenizer, in one rename.
 
     The vocabulary is cut to what the tokenizer really learned, so that no token without a spelling can be sampled.

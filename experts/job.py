@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experts.config import SupervisedConfig
-from model.config import ModelConfig
+from model.config import AnyConfig
 from runtime.config import EvaluationConfig
 from runtime.step import DomainSetup
 
@@ -21,9 +21,24 @@ class PretrainJob:
         evaluation: how the base is evaluated, on every domain.
     """
 
-    model: ModelConfig
+    model: AnyConfig
     domains: dict[str, DomainSetup]
     supervised: SupervisedConfig
+    evaluation: EvaluationConfig
+
+
+@dataclass(kw_only=True)
+class AdoptJob:
+    """Take a checkpoint as the base, whatever layout it is in.
+
+    Attributes:
+        path: directory with `config.json`, weights and tokenizer.
+        domains: what it is evaluated on.
+        evaluation: how.
+    """
+
+    path: str
+    domains: dict[str, DomainSetup]
     evaluation: EvaluationConfig
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline run|plan|report|doctor`, everything after the verb is Hydra's."""
+"""The command line: `python -m pipeline VERB`; what follows `run`, `plan`, `report` and `doctor` is Hydra's."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ USAGE = """usage: python -m pipeline VERB [OVERRIDE ...]
   plan    say what would run, what is reused, and why:        python -m pipeline plan +stage=all
   report  write the report of a run again and show it:        python -m pipeline report run=all
   doctor  say what this machine has
+  export  write a model for others to load:                   python -m pipeline export FROM TO layout=official
+  efficiency  what a token costs in V4 and V3.2:              python -m pipeline efficiency lengths=128K,1M
 
 stages: base, experts, distill, all. Every key: python -m pipeline run +stage=all --cfg job"""
 
@@ -57,6 +59,23 @@ def _doctor(config: RunConfig) -> int:
     return show(config)
 
 
+def _export(arguments: list[str]) -> int:
+    # Imported here: loads torch.
+    from pipeline.export import main
+
+    return main(arguments)
+
+
+def _efficiency(arguments: list[str]) -> int:
+    # Imported here: the other verbs do not need it.
+    from pipeline.efficiency import main
+
+    return main(arguments)
+
+
+PLAIN: dict[str, Callable[[list[str]], int]] = {"export": _export, "efficiency": _efficiency}
+"""Verbs that take arguments of their own instead of a run's configuration."""
+
 VERBS: dict[str, Callable[[RunConfig], int]] = {"run": _run, "plan": _plan, "report": _report, "doctor": _doctor}
 
 
@@ -73,8 +92,10 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     verb, overrides = arguments[0], [re.sub(r"^stage=", "+stage=", argument) for argument in arguments[1:]]
+    if verb in PLAIN:
+        return PLAIN[verb](arguments[1:])
     if verb not in VERBS:
-        return _refuse(choose("verb", verb, VERBS))
+        return _refuse(choose("verb", verb, (*VERBS, *PLAIN)))
     if verb in ("doctor", "report") and not any("stage=" in override for override in overrides):
         overrides.append("+stage=all")
     overrides.sort(key=lambda override: override not in ("-m", "--multirun"))  # Hydra takes flags only before the overrides.

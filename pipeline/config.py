@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from distill.config import DistillConfig
 from domains.config import DomainConfig, SandboxConfig
 from experts.config import SupervisedConfig
-from model.config import ModelConfig
+from model.config import AnyConfig, ArchitectureConfig, ModelConfig, V32Config, load_config, parse_config
 from pipeline.errors import UsageError, choose, unknown_key
 from rl.config import GrpoConfig
 from runtime.config import ClusterConfig, EngineConfig, EvaluationConfig, SamplingConfig, TrackingConfig
@@ -34,6 +34,22 @@ class SpecialistConfig:
 
 
 @dataclass(kw_only=True)
+class V4Model(ModelConfig):
+    """The `model` group of a V4."""
+
+    path: str = ""
+    """A checkpoint's directory: it is then the base, with its own configuration and tokenizer, and the other keys do not count."""
+
+
+@dataclass(kw_only=True)
+class V32Model(V32Config):
+    """The `model` group of a V3.2."""
+
+    path: str = ""
+    """A checkpoint's directory, as for a V4."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """One run: what it makes, from what, and with which resources."""
 
@@ -43,7 +59,8 @@ class RunConfig:
     """Name of the run directory; the stage's name when left out."""
     output_dir: str = "outputs"
     seed: int = 0
-    model: ModelConfig = MISSING
+    model: Any = MISSING
+    """`V4Model` or `V32Model`; the file of the group says which."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -58,12 +75,14 @@ class RunConfig:
 def register() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` starts from; idempotent."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    for schema in (V4Model, V32Model):
+        ConfigStore.instance().store(group="model", name=schema.model_type, node=schema)
 
 
 def example() -> DictConfig:
     """Compose the whole schema, with every domain of `conf/domain`, so that an unknown key finds its nearest."""
     domains = {path.stem: SpecialistConfig(domain=DomainConfig(kind=path.stem)) for path in (CONF / "domain").glob("*.yaml")}
-    schema = OmegaConf.structured(RunConfig(stage="all", model=ModelConfig(), domains=domains))
+    schema = OmegaConf.structured(RunConfig(stage="all", model=V4Model(), domains=domains))
     assert isinstance(schema, DictConfig)
     return schema
 
@@ -99,7 +118,7 @@ def problems(config: RunConfig) -> list[str]:
     found = [] if config.stage in STAGES else [choose("stage", config.stage, STAGES)]
     if not re.fullmatch(r"[\w][\w.,=+-]*", run_name(config)):
         found.append(f"run: got {run_name(config)!r}, expected letters, digits and . , = + - _")
-    found += [f"model.{problem}" for problem in config.model.problems()]
+    found += _model_problems(config.model)
     found += _out_of_range("", config)
     if config.tracking.wandb not in ("offline", "online", "off"):
         found.append(choose("tracking.wandb", config.tracking.wandb, ("offline", "online", "off")))
@@ -110,6 +129,27 @@ def problems(config: RunConfig) -> list[str]:
     for name, specialist in config.domains.items():
         found += _domain_problems(name, specialist, config)
     return found + _distill_problems(config)
+
+
+def architecture(model: V4Model | V32Model) -> AnyConfig:
+    """Return the architecture that the `model` group describes, without what only the pipeline reads."""
+    return parse_config({name: value for name, value in model.to_dict().items() if name != "path"})
+
+
+def _model_problems(model: V4Model | V32Model) -> list[str]:
+    if not model.path:
+        return [f"model.{problem}" for problem in model.problems()]
+    found = [
+        f"model.path: got {model.path!r}, which holds no {name}; expected a directory with a checkpoint and its tokenizer"
+        for name in ("config.json", "tokenizer.json")
+        if not (Path(model.path) / name).is_file()
+    ]
+    if not found:
+        try:
+            load_config(Path(model.path) / "config.json")
+        except ValueError as error:
+            found.append(f"model.path: {error}")
+    return found
 
 
 def _domain_problems(name: str, specialist: SpecialistConfig, config: RunConfig) -> list[str]:
@@ -160,7 +200,7 @@ _FROM_ONE = (
 )
 _FROM_ZERO = (
     "warmup_steps weight_decay final_lr_ratio gpus_per_rank parallel_steps temperature kl_weight off_policy_mask_nats balance_loss_weight "
-    "router_bias_speed mtp_loss_weight seed dashboard_port"
+    "router_bias_speed mtp_loss_weight indexer_loss_weight indexer_dense_steps seed dashboard_port"
 )
 _AT_LEAST = dict.fromkeys(_FROM_ONE.split(), 1.0) | dict.fromkeys(_FROM_ZERO.split(), 0.0)
 _ABOVE_ZERO = {"cpus_per_rank", "lr", "grad_clip", "update_rms", "timeout_s", "clip_low", "clip_high", "mismatch_limit_nats", "eps"}
@@ -171,7 +211,7 @@ def _out_of_range(prefix: str, node: Any) -> list[str]:
     """Check every number of a tree of dataclasses against the range its name stands for; the model checks itself."""
     if isinstance(node, dict):
         return [line for name, value in node.items() for line in _out_of_range(f"{prefix}{name}.", value)]
-    if not is_dataclass(node) or isinstance(node, ModelConfig):
+    if not is_dataclass(node) or isinstance(node, ArchitectureConfig):
         return []
     found = []
     for name in (f.name for f in fields(node)):

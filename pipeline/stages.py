@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.job import DistillJob
-from experts.job import PretrainJob, SftJob
+from experts.job import AdoptJob, PretrainJob, SftJob
 from pipeline.artifacts import digest
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, architecture
 from rl.job import GrpoJob
 from runtime.step import DomainSetup, StepContext
 
@@ -52,6 +52,12 @@ def _pretrain(context: StepContext, job: PretrainJob) -> dict[str, Any]:
     return run(context, job)
 
 
+def _adopt(context: StepContext, job: AdoptJob) -> dict[str, Any]:
+    from experts.adopt import run
+
+    return run(context, job)
+
+
 def _sft(context: StepContext, job: SftJob) -> dict[str, Any]:
     from experts.sft import run
 
@@ -73,11 +79,16 @@ def _distill(context: StepContext, job: DistillJob) -> dict[str, Any]:
 def steps(config: RunConfig) -> list[Step]:
     """List the steps of `config.stage` and everything they need, each after its needs.
 
-    base -> {sft-D -> grpo-D for every domain D}; base -> warmup; {warmup or base, grpo-*} -> distill.
+    base -> {sft-D -> grpo-D for every domain D}; base -> warmup; {warmup or base, grpo-*} -> distill. The base is trained, or the
+    checkpoint of `model.path`.
     """
     graph = _Graph(config)
     setups = {name: DomainSetup(name=name, domain=s.domain, sampling=s.sampling) for name, s in config.domains.items()}
-    graph.add("base", _pretrain, PretrainJob(model=config.model, domains=setups, supervised=config.base, evaluation=config.evaluation))
+    if config.model.path:
+        graph.add("base", _adopt, AdoptJob(path=str(Path(config.model.path).resolve()), domains=setups, evaluation=config.evaluation))
+    else:
+        model = architecture(config.model)
+        graph.add("base", _pretrain, PretrainJob(model=model, domains=setups, supervised=config.base, evaluation=config.evaluation))
     if config.stage == "base":
         return graph.steps
     for name, specialist in config.domains.items():
@@ -136,5 +147,21 @@ def _without(node: Any) -> Any:
         source = Path(str(node["source"])) if "source" in node else None
         if source is not None and source.suffix in (".jsonl", ".parquet"):
             kept["source"] = f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}"
+        if "path" in node:
+            kept["path"] = _fingerprint(Path(node["path"]))
         return kept
     return [_without(value) for value in node] if isinstance(node, list | tuple) else node
+
+
+HEAD_BYTES = 1 << 20
+"""Bytes of each file of a checkpoint that its fingerprint reads: reading all of a real one would take longer than planning may."""
+
+
+def _fingerprint(directory: Path) -> dict[str, str]:
+    """Tell a checkpoint from another: name, size, time of the last change and the first MiB of each of its files."""
+    found = {}
+    for file in sorted(path for path in directory.iterdir() if path.is_file()):
+        stat = file.stat()
+        with file.open("rb") as stream:
+            found[file.name] = f"{stat.st_size} {stat.st_mtime_ns} {hashlib.sha256(stream.read(HEAD_BYTES)).hexdigest()}"
+    return found

@@ -28,7 +28,7 @@ def call(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["plann"], "verb: unknown 'plann', did you mean 'plan'? Valid: doctor, plan, report, run"),
+        (["plann"], "verb: unknown 'plann', did you mean 'plan'? Valid: doctor, efficiency, export, plan, report, run"),
         (["plan", "+stage=expets"], "stage: unknown 'expets', did you mean 'experts'? Valid: all, base, distill, experts"),
         (["plan", "+stage=all", "model=tny"], "model: unknown 'tny', did you mean 'tiny'?"),
         (["plan", "+stage=all", "sed=3"], "unknown key 'sed', did you mean seed=3?"),
@@ -112,3 +112,12 @@ def test_a_plan_and_a_wrong_key_are_answered_fast(tmp_path):
         assert done.returncode == code
         assert time.monotonic() - started < 3.0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_none_is_refused_by_file_and_reason(run, tmp_path):
+    code, _, error = run("plan", "+stage=base", f"model.path={tmp_path}")
+    assert code == 2 and "holds no config.json" in error and "holds no tokenizer.json" in error
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4", "compress_ratios": [0]}')
+    code, _, error = run("plan", "+stage=base", f"model.path={tmp_path}")
+    assert code == 2 and f"{tmp_path}/config.json" in error and "compress_ratios: got 1 entries, expected 44" in error
