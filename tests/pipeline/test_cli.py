@@ -114,10 +114,10 @@ def test_a_plan_and_a_wrong_key_are_answered_fast(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_that_is_none_is_refused_by_file_and_reason(run, tmp_path):
-    code, _, error = run("plan", "+stage=base", f"model.path={tmp_path}")
+def test_a_checkpoint_that_is_none_is_refused_by_file_and_reason(call, tmp_path):
+    code, _, error = call("plan", "+stage=base", f"model.path={tmp_path}")
     assert code == 2 and "holds no config.json" in error and "holds no tokenizer.json" in error
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4", "compress_ratios": [0]}')
-    code, _, error = run("plan", "+stage=base", f"model.path={tmp_path}")
+    code, _, error = call("plan", "+stage=base", f"model.path={tmp_path}")
     assert code == 2 and f"{tmp_path}/config.json" in error and "compress_ratios: got 1 entries, expected 44" in error
