@@ -12,7 +12,7 @@ from model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-CONFIG, TENSORS, INDEX = files.CONFIG, files.TENSORS, files.INDEX
+CONFIG, TENSORS, INDEX = settings.CONFIG, files.TENSORS, files.INDEX
 
 
 def load(path: Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Transformer:

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.checkpoints.settings import CONFIG, read_json, write_json
+
 logger = logging.getLogger(__name__)
 
-CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 SHARD_BYTES = 4 * 10**9
 """Most bytes of a shard that we write, unless one tensor alone has more."""
@@ -190,27 +192,6 @@ def _merge(temporary: Path, path: Path) -> None:
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
         os.replace(file, path / file.name)
     _flush(path)
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write a JSON file as the release's are written."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: it does not, or is damaged.
-        FileNotFoundError: there is none.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: damaged: got {type(values).__name__}, expected an object")
-    return values
 
 
 def _placed(path: Path) -> dict[str, Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model.checkpoints import formats
 from model.checkpoints.files import Entry, list_tensors, read
@@ -119,8 +120,22 @@ def _kept(plan: Plan) -> Kept:
 
 
 def _shell(config: AnyConfig) -> Transformer:
-    with torch.device("meta"):
+    """Build a model without values."""
+    with torch.device("meta"), _WithoutValues():
         return Transformer(config)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skip what would fill meta tensors with numbers: to do so torch loads a computer algebra system, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        if func is Tensor.topk:
+            shape = (*args[0].shape[:-1], args[1])
+            return torch.return_types.topk((torch.empty(shape), torch.empty(shape, dtype=torch.int64)))
+        return func(*args, **kwargs)
 
 
 def _shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

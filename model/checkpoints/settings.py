@@ -1,13 +1,18 @@
-"""What lies beside the tensors of a checkpoint: `config.json` in the release's keys or in transformers', and the tokenizer's files."""
+"""What lies beside the tensors of a checkpoint: `config.json` in the release's keys or in transformers', and the tokenizer's files.
+
+Loads without torch: a wrong `model.path` is answered at once.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from model.checkpoints.files import CONFIG, read_json, write_json
 from model.config import AnyConfig, ModelConfig, parse_config
+
+CONFIG = "config.json"
 
 RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 """Compress ratio of each of transformers' `layer_types`. Source: transformers 5.23, DeepseekV4Config."""
@@ -109,6 +114,27 @@ def copy_companions(source: Path, path: Path) -> None:
         bos, eos = names.get(config.bos_token_id), names.get(config.eos_token_id)
         values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos}
         write_json(path / TOKENIZER_CONFIG, values | {"model_max_length": config.max_position_embeddings})
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a JSON file as the release's are written."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it does not, or is damaged.
+        FileNotFoundError: there is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: damaged: got {type(values).__name__}, expected an object")
+    return values
 
 
 def _release_keys(values: dict[str, Any]) -> dict[str, Any]:

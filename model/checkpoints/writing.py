@@ -16,7 +16,7 @@ from model.transformer import Transformer
 PRECISIONS = ("fp4", "fp8", "bf16", "fp32")
 """Of the routed experts; other matrices are FP8 where these are FP4 or FP8."""
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "fp4": 1}
+_BYTES = {"int": 8, "fp32": 4, "bf16": 2, "fp8": 1, "fp4": 1}
 
 
 def write_tensors(model: Transformer, path: Path, layout: str, precision: str | None) -> set[str]:
@@ -79,8 +79,13 @@ def _format(family: Family, slot: Slot, values: Tensor, kept: Kept, layout: str,
     return precision if slot.parts[0].expert is not None else "fp8"
 
 
+def stored_bytes(slot: Slot, kind: str) -> int:
+    """Bound the bytes that a tensor takes in a file in the format `kind`, scales included."""
+    scales = torch.Size(scale_shape(kind, slot.shape)).numel() if kind in ("fp8", "fp4") else 0
+    return torch.Size(stored_shape(kind, slot.shape)).numel() * _BYTES[kind] + 4 * scales
+
+
 def _bytes(slot: Slot, kind: str, state: dict[str, Tensor]) -> int:
     if kind == "as it is":
         return torch.Size(slot.shape).numel() * state[slot.parts[0].target].element_size()
-    scales = torch.Size(scale_shape(kind, slot.shape)).numel() if kind in ("fp8", "fp4") else 0
-    return torch.Size(stored_shape(kind, slot.shape)).numel() * _BYTES[kind] + 4 * scales
+    return stored_bytes(slot, kind)
