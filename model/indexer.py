@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.cache import LayerCache, PrefillPlan, Step
 from model.compressor import Compressor
@@ -14,6 +15,7 @@ from model.kernels.indexer.reference import select, top_entries
 from model.kernels.sparse_attention.blocked import Inputs
 from model.layout import PackedRow
 from model.linear import linear
+from model.norm import LayerNorm
 from model.rope import rotate, rotate_halves
 
 RATIO = 4
@@ -97,12 +99,13 @@ class Indexer(nn.Module):
         q, weights = self._query(x, latent, step.turns[True])
         with small_products():
             heads = torch.bmm(q.float(), cache.index_keys[:, : step.most[self.ratio]].float().mT).relu_()
-            scores = torch.bmm(weights.float().unsqueeze(1), heads).squeeze(1)
+            scores = torch.bmm(weights.unsqueeze(1), heads).squeeze(1)
         return step.selected_bias(self.ratio, top_entries(step.hide(scores, self.ratio), self.count))
 
     def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         q = self._rotate(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
-        return q, self.weights_proj(x) * (self.width * self.heads) ** -0.5
+        weights = functional.linear(x.float(), self.weights_proj.weight.float())  # the release keeps them in fp32
+        return q, weights * (self.width * self.heads) ** -0.5
 
     def _make_keys(self, config: AnyConfig) -> None:
         """Make the modules that keys come from."""
@@ -135,7 +138,7 @@ class TokenIndexer(Indexer):
 
     def _make_keys(self, config: AnyConfig) -> None:
         self.wk = linear(config.hidden_size, self.width)
-        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.k_norm = LayerNorm(self.width, eps=1e-6)
 
     def _keys(self, x: Tensor, row: PackedRow, cache: LayerCache | None, plan: PrefillPlan | None) -> Tensor:
         return row.spread(self._rotate(self.k_norm(self.wk(x)), row.turns[True]))

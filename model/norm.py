@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, with and without a weight."""
+"""Normalisation: by the root mean square, with and without a weight, and by mean and deviation in V3.2's indexer."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., D]; same shape and dtype."""
         return _normalised(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Subtract the mean, divide by the standard deviation, scale and shift, in fp32 whatever the dtypes of input and parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., D]; same shape and dtype."""
+        return functional.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
 def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

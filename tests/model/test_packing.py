@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.cache import Cache
-from model.config import ModelConfig
+from model.config import AnyConfig, ModelConfig, V32Config, V32RopeScaling
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -32,13 +32,38 @@ CONFIG = ModelConfig(
     num_hash_layers=1,
     initializer_range=0.2,
 )
+V32 = V32Config(
+    vocab_size=97,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    intermediate_size=40,
+    first_k_dense_replace=1,
+    index_n_heads=16,
+    index_head_dim=16,
+    index_topk=24,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    moe_intermediate_size=24,
+    initializer_range=0.2,
+    num_nextn_predict_layers=0,
+    rope_scaling=V32RopeScaling(original_max_position_embeddings=64),
+)
 LENGTHS = [300, 5, 1, 140, 37]
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
+@pytest.fixture(scope="module", params=[CONFIG, V32], ids=["v4", "v32"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    config: AnyConfig = request.param
     torch.manual_seed(3)
-    model = Transformer(CONFIG)
+    model = Transformer(config)
     with torch.no_grad():  # with equal streams the gradients of the mixing are rounding noise
         for name, parameter in model.named_parameters():
             if name.endswith("_scale"):
@@ -58,10 +83,13 @@ def row() -> tuple[torch.Tensor, torch.Tensor]:
 def _loss(model: Transformer, tokens: torch.Tensor, cu: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A loss that is a sum over tokens and reads everything but the meaningless MTP state of each sample's last token."""
     hidden = model(tokens, cu)
+    loss = (hidden.last * weight).sum() + hidden.balance_loss * len(tokens)
+    if not model.mtp:
+        return loss
     ahead = model.mtp_hidden(hidden, tokens, cu)
     meaningful = torch.ones(len(tokens), 1)
     meaningful[cu[1:] - 1] = 0
-    return (hidden.last * weight).sum() + (ahead * weight.flip(1) * meaningful).sum() + hidden.balance_loss * len(tokens)
+    return loss + (ahead * weight.flip(1) * meaningful).sum()
 
 
 def test_a_packed_row_equals_its_samples_alone(model: Transformer, row: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -90,6 +118,8 @@ def test_a_packed_row_equals_its_samples_alone(model: Transformer, row: tuple[to
 
 
 def test_the_last_token_of_a_sample_does_not_leak_into_mtp(model: Transformer, row: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if not model.mtp:
+        pytest.skip("no MTP block")
     tokens, cu = row
     other = tokens.clone()
     other[cu[1]] = (other[cu[1]] + 1) % CONFIG.vocab_size  # the first token of the second sample
@@ -103,7 +133,7 @@ def test_the_last_token_of_a_sample_does_not_leak_into_mtp(model: Transformer, r
 def test_decode_equals_forward_while_rows_leave(model: Transformer, row: tuple[torch.Tensor, torch.Tensor], prompts: list[int]) -> None:
     tokens, cu = row
     full = model(tokens, cu).last.detach()
-    cache = Cache(CONFIG, rows=len(prompts), capacity=max(LENGTHS))
+    cache = Cache(model.config, rows=len(prompts), capacity=max(LENGTHS))
     starts = torch.cat([tokens[cu[i] : cu[i] + n] for i, n in enumerate(prompts)])
     last = model.prefill(starts, torch.tensor([0, *prompts]).cumsum(0), cache)
     torch.testing.assert_close(last, full[cu[:-1] + torch.tensor(prompts) - 1], atol=1e-4, rtol=0)
@@ -121,7 +151,7 @@ def test_decode_equals_forward_while_rows_leave(model: Transformer, row: tuple[t
 def test_one_prefilled_prompt_serves_several_samples(model: Transformer) -> None:
     torch.manual_seed(5)
     prompt, turns = torch.randint(97, (70,)), torch.randint(97, (3, 20))
-    cache = Cache(CONFIG, rows=1, capacity=90)
+    cache = Cache(model.config, rows=1, capacity=90)
     model.prefill(prompt, torch.tensor([0, 70]), cache)
     cache = cache.select(torch.tensor([0, 0, 0]))
     for step in range(turns.shape[1]):
@@ -132,7 +162,7 @@ def test_one_prefilled_prompt_serves_several_samples(model: Transformer) -> None
 
 
 def test_full_caches_and_wrong_rows_are_refused(model: Transformer) -> None:
-    cache = Cache(CONFIG, rows=2, capacity=4)
+    cache = Cache(model.config, rows=2, capacity=4)
     with pytest.raises(ValueError, match="capacity 4"):
         model.prefill(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 1, 6]), cache)
     with pytest.raises(ValueError, match="3 sequences for 2 cache rows"):
