@@ -15,6 +15,7 @@ from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 from model.linear import GroupedLinear, linear
 from model.norm import RMSNorm, unit_norm
+from model.quant.qat import fake_quantize_kv
 from model.rope import rotate
 
 
@@ -24,6 +25,7 @@ class Attention(nn.Module):
     Attributes:
         compressor: of layers with a compress ratio, indexer: of CSA layers; else None.
         attn_sink: [H] logit of the sink.
+        fp8_keys: whether window keys and compressed entries are rounded as the FP8 cache keeps them, see `Transformer.quantize`.
 
     Source: v4_spec 2.
     """
@@ -32,6 +34,7 @@ class Attention(nn.Module):
         super().__init__()
         self.ratio = config.compress_ratios[layer]
         self.heads, self.width, self.eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        self.rope = config.qk_rope_head_dim
         self.wq_a = linear(config.hidden_size, config.q_lora_rank)
         self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
         self.wq_b = linear(config.q_lora_rank, self.heads * self.width)
@@ -40,6 +43,7 @@ class Attention(nn.Module):
         self.wo_a = GroupedLinear(self.heads * self.width // config.o_groups, config.o_lora_rank, config.o_groups)
         self.wo_b = linear(config.o_groups * config.o_lora_rank, config.hidden_size)
         self.attn_sink = nn.Parameter(torch.zeros(self.heads))
+        self.fp8_keys = False
         self.compressor = Compressor(config, self.ratio, self.width) if self.ratio else None
         self.indexer = Indexer(config) if self.ratio == RATIO else None
 
@@ -60,7 +64,7 @@ class Attention(nn.Module):
             plan.put_window(cache.keys, kv)
         entries = indices = None
         if self.compressor is not None:
-            entries = self.compressor(x, row, *((cache.compressor, plan) if cache is not None else ()))
+            entries = self._rounded(self.compressor(x, row, *((cache.compressor, plan) if cache is not None else ())))
             if cache is not None and plan is not None:
                 plan.put_entries(cache.keys, entries, self.ratio, offset=FRONT + row.window)
         if self.indexer is not None and row.indexer != "dense":
@@ -81,7 +85,7 @@ class Attention(nn.Module):
             done = self.compressor.decode(x, step, cache.compressor)
             if done is not None:
                 rows, entries = done
-                cache.keys[rows, FRONT + step.window + step.position[rows] // self.ratio] = entries.to(cache.keys.dtype)
+                cache.keys[rows, FRONT + step.window + step.position[rows] // self.ratio] = self._rounded(entries).to(cache.keys.dtype)
         if self.indexer is not None:
             selected = self.indexer.decode(x, latent, step, cache)
             bias = bias if selected is None else selected
@@ -96,7 +100,10 @@ class Attention(nn.Module):
         """Return the query latent [T, R], the queries [T, H, K] and the window key [T, K], rotated."""
         latent = self.q_norm(self.wq_a(x))
         q = unit_norm(self.wq_b(latent).view(len(x), self.heads, self.width), self.eps)
-        return latent, rotate(q, turns.unsqueeze(1)), rotate(self.kv_norm(self.wkv(x)), turns)
+        return latent, rotate(q, turns.unsqueeze(1)), self._rounded(rotate(self.kv_norm(self.wkv(x)), turns))
+
+    def _rounded(self, keys: Tensor) -> Tensor:
+        return fake_quantize_kv(keys, rope_dims=self.rope) if self.fp8_keys else keys
 
     def _output(self, out: Tensor, turns: Tensor) -> Tensor:
         """Rotate [T, H, K] back and project it to [T, D]."""

@@ -16,6 +16,7 @@ from model.kernels.sparse_attention.blocked import Inputs
 from model.layout import PackedRow
 from model.linear import linear
 from model.norm import LayerNorm
+from model.quant.qat import fake_quantize_index
 from model.rope import rotate, rotate_halves
 
 RATIO = 4
@@ -30,11 +31,12 @@ class Indexer(nn.Module):
 
     Attributes:
         ratio: tokens an entry.
+        fp4: whether queries and keys are rotated and rounded to MXFP4, see `Transformer.quantize`.
         wq_b: query latent -> H * K.
         weights_proj: D -> H.
         compressor: the indexer's own, of width K.
 
-    Source: v4_spec 2.3. The release's orthogonal Hadamard rotation of both sides cancels and is left out.
+    Source: v4_spec 2.3. The release's orthogonal Hadamard rotation of both sides cancels and is left out unless `fp4`.
     """
 
     ratio = RATIO
@@ -44,6 +46,7 @@ class Indexer(nn.Module):
         self.heads, self.width, self.count = config.index_n_heads, config.index_head_dim, config.index_topk
         self.wq_b = linear(config.q_lora_rank, self.heads * self.width)
         self.weights_proj = linear(config.hidden_size, self.heads)
+        self.fp4 = False
         self._make_keys(config)
         self.requires_grad_(False)
 
@@ -65,7 +68,7 @@ class Indexer(nn.Module):
         all_fit = row.entries[self.ratio].most <= self.count
         if all_fit and cache is None:
             return None
-        keys = self._keys(x, row, cache, plan)
+        keys = self._rounded(self._keys(x, row, cache, plan))
         if cache is not None and plan is not None:
             plan.put_entries(cache.index_keys, keys, self.ratio)
         if all_fit:
@@ -84,7 +87,7 @@ class Indexer(nn.Module):
         """
         x, latent, row = x.detach(), latent.detach(), attention.row
         q, weights = self._query(x, latent, row.turns[True])
-        scores = IndexScores(row.spread(q), self._keys(x, row, None, None), row.spread(weights))
+        scores = IndexScores(row.spread(q), self._rounded(self._keys(x, row, None, None)), row.spread(weights))
         row.indexer_losses.append(indexer_loss(scores, attention))
 
     def decode(self, x: Tensor, latent: Tensor, step: Step, cache: LayerCache) -> Tensor | None:
@@ -93,7 +96,7 @@ class Indexer(nn.Module):
         done = self._new_keys(x, step, cache)
         if done is not None:
             rows, entries = done
-            cache.index_keys[rows, step.position[rows] // self.ratio] = entries.to(cache.index_keys.dtype)
+            cache.index_keys[rows, step.position[rows] // self.ratio] = self._rounded(entries).to(cache.index_keys.dtype)
         if step.most[self.ratio] <= self.count:
             return None
         q, weights = self._query(x, latent, step.turns[True])
@@ -105,7 +108,10 @@ class Indexer(nn.Module):
     def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         q = self._rotate(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
         weights = functional.linear(x.float(), self.weights_proj.weight.float())  # the release keeps them in fp32
-        return q, weights * (self.width * self.heads) ** -0.5
+        return self._rounded(q), weights * (self.width * self.heads) ** -0.5
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return fake_quantize_index(x) if self.fp4 else x
 
     def _make_keys(self, config: AnyConfig) -> None:
         """Make the modules that keys come from."""

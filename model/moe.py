@@ -12,6 +12,7 @@ from model.config import AnyConfig
 from model.kernels.experts.op import routed_experts, swiglu
 from model.layout import PackedRow
 from model.linear import linear
+from model.quant.qat import fake_quantize_mxfp4
 
 _HASH_SEED = 20260424
 """Seed of the hash tables of a model trained from scratch; ours, the release's recipe is unpublished."""
@@ -99,7 +100,11 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F]."""
+    """The routed experts' matrices, stacked: w1 (gate), w3 (up) [E, F, D], w2 (down) [E, D, F].
+
+    Attributes:
+        fp4: whether they are rounded to MXFP4 on the way into the products, see `Transformer.quantize`.
+    """
 
     def __init__(self, config: AnyConfig) -> None:
         super().__init__()
@@ -108,10 +113,17 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, width, inner))
         self.w3 = nn.Parameter(torch.empty(experts, inner, width))
         self.limit = config.swiglu_limit
+        self.fp4 = False
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return w1, w2, w3 as the products take them: on MXFP4's grid, with the gradient going straight to the masters, if `fp4`."""
+        if not self.fp4:
+            return self.w1, self.w2, self.w3
+        return fake_quantize_mxfp4(self.w1), fake_quantize_mxfp4(self.w2), fake_quantize_mxfp4(self.w3)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Sum the chosen experts of [T, D] tokens."""
-        return routed_experts(x, indices, weights, (self.w1, self.w2, self.w3), limit=self.limit)
+        return routed_experts(x, indices, weights, self.matrices(), limit=self.limit)
 
 
 class MLP(nn.Module):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.attention import Attention
 from model.block import Block
 from model.cache import Cache, PrefillPlan, Step
 from model.config import AnyConfig, ModelConfig, V32Config
 from model.hyper_connections import merge
+from model.indexer import Indexer
 from model.layout import PackedRow
-from model.moe import Gate, MoE
+from model.moe import Experts, Gate, MoE
 from model.mtp import MTP
 from model.norm import RMSNorm
 from model.v32 import V32Block
@@ -67,6 +69,7 @@ class Transformer(nn.Module):
             raise ValueError("model config: " + "; ".join(found))
         super().__init__()
         self.config = config
+        self.quantization = {"experts": False, "indexer": False, "kv": False}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -156,6 +159,32 @@ class Transformer(nn.Module):
         row = PackedRow(self.config, cu_seqlens, len(tokens))
         following = tokens.roll(-1)
         return self.mtp[0](hidden.streams, self.embed(following), following, row)
+
+    def quantize(self, *, experts: bool = False, indexer: bool = False, kv: bool = False) -> None:
+        """Compute with what low-precision inference will see; gradients go straight to the full-precision weights.
+
+        Args:
+            experts: routed experts on MXFP4's grid.
+            indexer: index queries and keys Hadamard-transformed and rounded to MXFP4; `index_head_dim` is a power of two then.
+            kv: window keys and compressed entries on the grid of the FP8 cache; V4 only.
+
+        Raises:
+            ValueError: the architecture has no such grid.
+
+        Source: v4_spec 7; V4 report 5.2.1.
+        """
+        if indexer and self.config.index_head_dim & (self.config.index_head_dim - 1):
+            raise ValueError(f"quantize indexer: got index_head_dim {self.config.index_head_dim}, expected a power of two")
+        if kv and not isinstance(self.config, ModelConfig):
+            raise ValueError("quantize kv: only V4's cache has this grid")
+        self.quantization = {"experts": experts, "indexer": indexer, "kv": kv}
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.fp4 = experts
+            elif isinstance(module, Indexer):
+                module.fp4 = indexer
+            elif isinstance(module, Attention):
+                module.fp8_keys = kv
 
     def router_load(self) -> Tensor:
         """Return the tokens each expert got in training since the last bias update: [L, E] fp32, layers with experts, then MTP blocks."""

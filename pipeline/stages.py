@@ -134,6 +134,9 @@ class _Graph:
 def _numerics(config: RunConfig) -> dict[str, Any]:
     """Keep what of engine and sandbox can change a result: precision, and the limits that decide a verdict."""
     precision = {name: config.engine.deepspeed[name] for name in ("bf16", "fp16") if name in config.engine.deepspeed}
+    quantization = asdict(config.engine.quantization)
+    if any(quantization.values()):
+        precision["quantization"] = quantization
     return precision | {"sandbox_timeout_s": config.sandbox.timeout_s, "sandbox_memory_mib": config.sandbox.memory_mib}
 
 

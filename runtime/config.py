@@ -24,8 +24,22 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
+class QuantizationConfig:
+    """Which of inference's low precisions training, sampling, teachers and references compute with. Source: V4 report 5.2.1."""
+
+    experts: bool = False
+    """Routed experts in MXFP4."""
+    indexer: bool = False
+    """Index queries and keys in MXFP4."""
+    kv: bool = False
+    """Cached keys in FP8, V4 only."""
+
+
+@dataclass(kw_only=True)
 class EngineConfig:
     """How a step's ranks train."""
+
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's own keys, verbatim (`zero_optimization`, `bf16` ...)."""

@@ -56,6 +56,8 @@ class Engine:
         self.optimizer = optimizer
         optimizer.layouts = layouts_of(self.deepspeed.optimizer, self.stage)
         self.frozen = {name: weights.load(Path(path)).requires_grad_(False).eval() for name, path in spec.frozen.items()}
+        for each in (model, *self.frozen.values()):
+            each.quantize(**asdict(spec.quantization))
         self.generator = Generator(model, self.tokenizer, spec.domains, spec.sandbox)
 
     @property

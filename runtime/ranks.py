@@ -24,6 +24,7 @@ def running_ranks(context: StepContext, spec: EngineSpec) -> Iterator[tuple[Trai
     spec = replace(
         spec,
         deepspeed=context.engine.deepspeed,
+        quantization=context.engine.quantization,
         threads=context.cluster.threads_per_rank,
         sandbox=context.sandbox,
         ranks=context.cluster.ranks,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from domains.config import SandboxConfig
-from runtime.config import OptimizerConfig
+from runtime.config import OptimizerConfig, QuantizationConfig
 from runtime.step import DomainSetup
 
 
@@ -20,6 +20,7 @@ class EngineSpec:
         model: directory with `config.json`, weights and tokenizer to start from.
         optimizer: how it trains.
         deepspeed: DeepSpeed's own keys.
+        quantization: low precision that the models compute with.
         threads: intra-op threads of this rank.
         frozen: name to directory of the models that losses compare with.
         domains: whose prompts this rank may be asked to answer.
@@ -33,6 +34,7 @@ class EngineSpec:
     model: str
     optimizer: OptimizerConfig
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     threads: int = 1
     frozen: dict[str, str] = field(default_factory=dict)
     domains: dict[str, DomainSetup] = field(default_factory=dict)
