@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 
 from model.cache import FRONT
-from model.kernels.decode.arithmetic import FAST, ONE, ZERO, bits_of, copy, exp, exp_all, inverse_rms, normalise, rotate
-from model.kernels.decode.products import LANES, panel, product
+from model.kernels.decode.arithmetic import FAST, ONE, ZERO, bits_of, copy, exp, inverse_rms, normalise, rotate
+from model.kernels.decode.products import LANES, multiply, product
 
 _NONE = np.float32(-np.inf)
 
@@ -42,8 +42,8 @@ class Buffers(NamedTuple):
         latent: [B, R].
         q: [B, padded H * K], index_q: [B, padded H' * K'].
         flat: [max(K, K'), 16] queries of one row, transposed.
-        scores: [keys, 16], total: [2, 16] their maxima and sums.
-        pool: [2, max(K, K')] the same of a compressor's gates.
+        scores: [keys, 16], highest, totals: [16] their maxima and the sums of their exponentials, weights: [16, padded keys].
+        pool: [2, max(K, K')] maxima and sums of a compressor's gates.
         o: [B, H * K], low: [B, G * rank + padding], out: [B, padded D].
         picked: [index_topk, K] selected entries of one row.
         found: [entries] index scores of one row, order: [entries] int64, the same as integers of the same order.
@@ -55,7 +55,9 @@ class Buffers(NamedTuple):
     index_q: Any
     flat: Any
     scores: Any
-    total: Any
+    highest: Any
+    totals: Any
+    weights: Any
     pool: Any
     o: Any
     low: Any
@@ -202,43 +204,45 @@ def attend(buffers, keys, sink, rows, around):
 
 
 @njit(**FAST)
-def _softmax(scores, sink, highest, total):
-    """Exponentiate scores [keys, 16] after subtracting each column's maximum, the sink's included; the sums go to `total`."""
-    for h in range(LANES):
-        highest[h] = sink[h] if h < len(sink) else ZERO
-    for j in range(len(scores)):
-        for h in range(LANES):
-            highest[h] = max(highest[h], scores[j, h])
-    for h in range(LANES):
-        total[h] = (sink[h] if h < len(sink) else ZERO) - highest[h]
-    for j in range(len(scores)):
-        for h in range(LANES):
-            scores[j, h] -= highest[h]
-    exp_all(scores.reshape(scores.size))
-    exp_all(total)
-    for j in range(len(scores)):
-        for h in range(LANES):
-            total[h] += scores[j, h]
-
-
-@njit(**FAST)
 def _attend_heads(buffers, close, distant, heads_of, head):
-    """Attend from up to 16 heads of one row: scores [keys, 16], softmax down the columns, weighted sums of the keys."""
+    """Attend from up to 16 heads of one row: scores [keys, 16], softmax over keys and sink, weighted sums of the keys."""
     (own, near), (far, begin, entries), (q, o, sink, scale) = close, distant, heads_of
     width, scores, count = q.shape[1], buffers.scores, near + entries
     heads = _transpose(q, buffers.flat, head, scale)
-    flat = (buffers.flat, 0, LANES)
-    panel((own, FRONT * width, width, 1), flat, (scores, 0, LANES), near, width, False)
-    panel((far, begin * width, width, 1), flat, (scores, near * LANES, LANES), entries, width, False)
-    total = buffers.total[1]
-    _softmax(scores[:count], sink[head : head + heads], buffers.total[0], total)
-    for at in range(0, width, LANES):
-        out = (o, head * width + at, width)
-        panel((scores, 0, 1, LANES), (own, FRONT * width + at, width), out, heads, near, False)
-        panel((scores, near * LANES, 1, LANES), (far, begin * width + at, width), out, heads, entries, True)
+    flat = (buffers.flat, 0, LANES, 0)
+    multiply((own, FRONT * width, width, 1), flat, (scores, 0, LANES), (near, 1, width), False)
+    multiply((far, begin * width, width, 1), flat, (scores, near * LANES, LANES), (entries, 1, width), False)
+    _softmax(buffers, sink[head : head + heads], count)
+    weights, room = buffers.weights, buffers.weights.shape[1]
+    out, panels = (o, head * width, width), width // LANES
+    multiply((weights, 0, room, 1), (own, FRONT * width, width, LANES), out, (heads, panels, near), False)
+    multiply((weights, near, room, 1), (far, begin * width, width, LANES), out, (heads, panels, entries), True)
     for h in range(heads):
+        inverse = ONE / buffers.totals[h]
         for k in range(width):
-            o[head + h, k] /= total[h]
+            o[head + h, k] *= inverse
+
+
+@njit(**FAST)
+def _softmax(buffers, sink, count):
+    """Exponentiate the first `count` rows of `scores` [keys, 16] into `weights` [16, keys], the sink's share in `totals` only."""
+    scores, weights, totals, highest = buffers.scores, buffers.weights, buffers.totals, buffers.highest
+    for h in range(LANES):
+        highest[h] = sink[h] if h < len(sink) else ZERO
+    for j in range(count):
+        for h in range(LANES):
+            highest[h] = max(highest[h], scores[j, h])
+    whole = (count + LANES - 1) // LANES * LANES
+    for h in range(len(sink)):
+        line, top, total = weights[h], highest[h], ZERO
+        for j in range(count):
+            line[j] = scores[j, h] - top
+        for j in range(count, whole):
+            line[j] = _NONE
+        for j in range(whole):
+            line[j] = exp(line[j])
+            total += line[j]
+        totals[h] = total + exp(sink[h] - top)
 
 
 @njit(**FAST)
@@ -258,7 +262,7 @@ def _index_scores(buffers, index_keys, which, turns):
         rotate(q[h], turns, ONE)
     for head in range(0, heads, LANES):
         some = _transpose(q, buffers.flat, head, ONE)
-        panel((index_keys, 0, width, 1), (buffers.flat, 0, LANES), (scores, 0, LANES), entries, width, False)
+        multiply((index_keys, 0, width, 1), (buffers.flat, 0, LANES, 0), (scores, 0, LANES), (entries, 1, width), False)
         for s in range(entries):
             total = ZERO
             for h in range(some):

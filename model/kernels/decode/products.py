@@ -37,55 +37,54 @@ def padded(outputs: int) -> int:
     return -(-outputs // LANES) * LANES
 
 
-def _tile(rows: int) -> Any:
-    """Make the intrinsic `tile(a, w, c, depth, adds)` of a fixed number of rows by 16 outputs.
+def _tile(rows: int, panels: int) -> Any:
+    """Make the intrinsic `tile(a, w, c, depth, adds)` of a fixed number of rows and panels; operands as `multiply` takes them."""
 
-    a = (array, offset, elements between rows, elements between steps of k), w = (array, offset, elements between steps of k),
-    c = (array, offset, elements between rows); computes c[r] = (c[r] if adds else 0) + sum_k a[r, k] w[k].
-    """
-
-    @intrinsic
     def tile(typingctx, a, w, c, depth, adds):
         def generate(context, builder, signature, arguments):
-            values = dict(zip("awc", arguments))
-            kinds = dict(zip("awc", signature.args))
-
-            def place(name: str) -> tuple[Any, list[Any]]:
-                """Return a pointer to an operand's first element, and its strides."""
-                array, offset, *strides = cgutils.unpack_tuple(builder, values[name])
-                data = context.make_array(kinds[name].types[0])(context, builder, array).data
-                return builder.gep(data, [offset]), strides
-
-            def step(pointer: Any, count: Any, stride: Any) -> Any:
-                return builder.gep(pointer, [builder.mul(count, stride)])
-
-            def vector(pointer: Any) -> Any:
-                return builder.bitcast(pointer, _VECTOR.as_pointer())
-
-            (first, (row, along)), (weights, (down,)), (out, (apart,)) = place("a"), place("w"), place("c")
-            starts = [step(first, _INT(r), row) for r in range(rows)]
-            ends = [step(out, _INT(r), apart) for r in range(rows)]
-            sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(rows)]
+            (first, (row, along)), (weights, (down, across)), (out, (apart,)) = (
+                _operand(context, builder, kind, value) for kind, value in zip(signature.args, arguments[:3])
+            )
+            starts = [_move(builder, first, _INT(r), row) for r in range(rows)]
+            tops = [_move(builder, weights, _INT(p), across) for p in range(panels)]
+            places = [(r, p) for r in range(rows) for p in range(panels)]
+            ends = [_vector(builder, _move(builder, _move(builder, out, _INT(r), apart), _INT(p), _INT(LANES))) for r, p in places]
+            sums = [cgutils.alloca_once(builder, _VECTOR) for _ in places]
             with builder.if_else(arguments[4]) as (adding, anew):
                 with adding:
                     for total, end in zip(sums, ends):
-                        builder.store(builder.load(vector(end), align=4), total)
+                        builder.store(builder.load(end, align=4), total)
                 with anew:
                     for total in sums:
                         builder.store(ir.Constant(_VECTOR, [0.0] * LANES), total)
             with cgutils.for_range(builder, arguments[3]) as loop:
-                panel = builder.load(vector(step(weights, loop.index, down)), align=4)
-                for total, start in zip(sums, starts):
-                    factor = _broadcast(builder, builder.load(step(start, loop.index, along)))
-                    product = builder.fmul(factor, panel, flags=("contract",))
+                columns = [builder.load(_vector(builder, _move(builder, top, loop.index, down)), align=4) for top in tops]
+                factors = [_broadcast(builder, builder.load(_move(builder, start, loop.index, along))) for start in starts]
+                for total, (r, p) in zip(sums, places):
+                    product = builder.fmul(factors[r], columns[p], flags=("contract",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
             for total, end in zip(sums, ends):
-                builder.store(builder.load(total), vector(end), align=4)
+                builder.store(builder.load(total), end, align=4)
             return context.get_dummy_value()
 
         return types.void(a, w, c, types.int64, types.boolean), generate
 
-    return tile
+    return intrinsic(tile)
+
+
+def _operand(context: Any, builder: Any, kind: Any, value: Any) -> tuple[Any, list[Any]]:
+    """Return a pointer to the first element of an operand (array, offset, strides ...), and its strides."""
+    array, offset, *strides = cgutils.unpack_tuple(builder, value)
+    data = context.make_array(kind.types[0])(context, builder, array).data
+    return builder.gep(data, [offset]), strides
+
+
+def _move(builder: Any, pointer: Any, count: Any, stride: Any) -> Any:
+    return builder.gep(pointer, [builder.mul(count, stride)])
+
+
+def _vector(builder: Any, pointer: Any) -> Any:
+    return builder.bitcast(pointer, _VECTOR.as_pointer())
 
 
 def _broadcast(builder: Any, value: Any) -> Any:
@@ -94,26 +93,50 @@ def _broadcast(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
 
-_HIGH, _MIDDLE = (16, 4) if get_host_cpu_features().get("avx512f", False) else (6, 3)
-"""Rows of the tiles: as many sums as fit into the vector registers, 32 of AVX-512 or 16 of half the width, and fewer for what is left."""
-_high, _middle, _one = _tile(_HIGH), _tile(_MIDDLE), _tile(1)
+_TALL, (_LOW, _WIDE), _LINE = (16, (4, 4), 8) if get_host_cpu_features().get("avx512f", False) else (6, (2, 3), 6)
+"""Rows and panels of the tiles, as many sums as fit into the vector registers, 32 of AVX-512 or 16 of half the width: tall ones of one
+panel, low ones for the rows that are left, lines for the last. A sum waits for the one before, so that few at a time would wait mostly."""
+_tall, _low, _low_one, _line, _one = _tile(_TALL, 1), _tile(_LOW, _WIDE), _tile(_LOW, 1), _tile(1, _LINE), _tile(1, 1)
 
 
 @njit(**_STRICT)
-def panel(a, w, c, rows, depth, adds):
-    """Multiply `rows` rows by one panel of 16 outputs; operands as a tile takes them."""
+def multiply(a, w, c, shape, adds):
+    """Compute c[r, p] = (c[r, p] if adds else 0) + sum_k a[r, k] w[k, p] for rows r and panels p of 16 outputs.
+
+    Args:
+        a: (array, offset, elements between rows, elements between steps of k).
+        w: (array, offset, elements between steps of k, elements between panels); the 16 of a panel lie together.
+        c: (array, offset, elements between rows); panels lie together.
+        shape: rows, panels, steps of k.
+        adds: whether to add to what is there.
+    """
     x, at, apart, along = a
-    y, out, down = c
+    m, top, down, across = w
+    y, out, below = c
+    rows, panels, depth = shape
     row = 0
-    while row + _HIGH <= rows:
-        _high((x, at + row * apart, apart, along), w, (y, out + row * down, down), depth, adds)
-        row += _HIGH
-    while row + _MIDDLE <= rows:
-        _middle((x, at + row * apart, apart, along), w, (y, out + row * down, down), depth, adds)
-        row += _MIDDLE
+    while row + _TALL <= rows:
+        for p in range(panels):
+            _tall((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+        row, at, out = row + _TALL, at + _TALL * apart, out + _TALL * below
+    while row + _LOW <= rows:
+        p = 0
+        while p + _WIDE <= panels:
+            _low((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            p += _WIDE
+        while p < panels:
+            _low_one((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            p += 1
+        row, at, out = row + _LOW, at + _LOW * apart, out + _LOW * below
     while row < rows:
-        _one((x, at + row * apart, apart, along), w, (y, out + row * down, down), depth, adds)
-        row += 1
+        p = 0
+        while p + _LINE <= panels:
+            _line((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            p += _LINE
+        while p < panels:
+            _one((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            p += 1
+        row, at, out = row + 1, at + apart, out + below
 
 
 @njit(**_STRICT)
@@ -127,7 +150,5 @@ def product(a, w, c, rows):
         rows: how many.
     """
     x, at, apart = a
-    y, out, down = c
     panels, depth, lanes = w.shape
-    for p in range(panels):
-        panel((x, at, apart, 1), (w, p * depth * lanes, lanes), (y, out + p * lanes, down), rows, depth, False)
+    multiply((x, at, apart, 1), (w, 0, lanes, depth * lanes), c, (rows, panels, depth), False)

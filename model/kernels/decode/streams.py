@@ -11,6 +11,8 @@ from model.kernels.decode.arithmetic import FAST, ONE, ZERO, copy, exp_all, inve
 from model.kernels.decode.products import LANES, product
 
 _TWO = np.float32(2)
+_LOOK, _SETTLED = 8, np.float32(2 * np.finfo(np.float32).eps)
+"""As in `model.kernels.sinkhorn.op.normalise`."""
 
 
 class Mixing(NamedTuple):
@@ -102,6 +104,18 @@ def _doubly_stochastic(lanes, copies, numbers):
         along, across = (copies, 1) if step % 2 == 0 else (1, copies)
         for i in range(copies):
             _divide_by_sums(matrix, (i * across, copies, along), sums[i], numbers.hc_eps)
+        if step % _LOOK == _LOOK - 1 and _settled(sums, copies):
+            break
+
+
+@njit(**FAST)
+def _settled(inverse, copies):
+    """Tell whether the last step divided by 1, to two units in the last place, so that the rest would change nothing."""
+    furthest = ZERO
+    for i in range(copies):
+        for l in range(LANES):
+            furthest = max(furthest, abs(inverse[i, l] - ONE))
+    return furthest < _SETTLED
 
 
 @njit(**FAST)
