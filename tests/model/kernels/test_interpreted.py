@@ -15,5 +15,5 @@ def test_kernels_under_the_interpreter(path):
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[3])
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[3])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -1,0 +1,249 @@
+"""The passes over four residual streams: projection, gates, mixing in and out, and their gradients. Arithmetic in fp32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from model.kernels.sinkhorn.kernel import sinkhorn_backward_tile, sinkhorn_tile
+
+ROWS = tl.constexpr(32)
+"""The 24 rows of `fn`, filled up to a power of two."""
+
+
+@triton.jit
+def split_rows(fn, parts, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write fn [24, K] as parts [32 or 64, K]: rounded to the dtype of `parts`, and below that (SPLIT) what the rounding lost."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    wide = tl.load(fn + row * width + columns, columns < tl.where(row < 24, width, 0), 0.0).to(tl.float32)
+    high = wide.to(parts.dtype.element_ty)
+    tl.store(parts + row * width + columns, high, inside)
+    if SPLIT:
+        tl.store(parts + (ROWS + row) * width + columns, (wide - high.to(tl.float32)).to(parts.dtype.element_ty), inside)
+
+
+@triton.jit
+def project(streams, parts, raw, squares, tokens, width, PART: tl.constexpr, SPLIT: tl.constexpr,
+            TOKENS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Multiply streams [T, K] by parts^T and sum their squares over the K slice of this program: raw [S, T, 32], squares [S, T]."""
+    slice_ = tl.program_id(1)
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    seen = rows < tokens
+    lines = tl.arange(0, ROWS)
+    x_at = streams + rows.to(tl.int64)[:, None] * width
+    high, low = tl.zeros([TOKENS, ROWS], tl.float32), tl.zeros([TOKENS, ROWS], tl.float32)
+    square = tl.zeros([TOKENS], tl.float32)
+    first = slice_ * PART
+    for start in tl.range(first, tl.minimum(first + PART, width), BLOCK, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        x = tl.load(x_at + columns[None, :], seen[:, None] & inside[None, :], 0.0)
+        at = parts + lines[None, :] * width + columns[:, None]
+        if SPLIT:
+            high = tl.dot(x, tl.load(at, inside[:, None], 0.0), high)
+            low = tl.dot(x, tl.load(at + ROWS * width, inside[:, None], 0.0), low)
+        else:
+            high = tl.dot(x, tl.load(at, inside[:, None], 0.0), high, input_precision="ieee")
+        wide = x.to(tl.float32)
+        square += tl.sum(wide * wide, 1)
+    place = slice_.to(tl.int64) * tokens + rows
+    tl.store(raw + place[:, None] * ROWS + lines[None, :], high + low, seen[:, None])
+    tl.store(squares + place, square, seen)
+
+
+@triton.jit
+def gates(raw, squares, base, scale, pre, post, comb, mixes, inverse, tokens, width, slices, norm_eps, eps,
+          ITERATIONS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Turn the projections into pre and post [T, 4] and comb [T, 4, 4]; keep their sum over slices [T, 32] and 1 / rms [T]."""
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    seen = rows < tokens
+    four, j, k = tl.arange(0, 4), tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    square = tl.zeros([TOKENS], tl.float32)
+    into, out = tl.zeros([TOKENS, 4], tl.float32), tl.zeros([TOKENS, 4], tl.float32)
+    across = tl.zeros([TOKENS, 4, 4], tl.float32)
+    flat, cube = seen[:, None], seen[:, None, None]
+    for part in range(slices):
+        place = (part * tokens + rows).to(tl.int64)
+        square += tl.load(squares + place, seen, 0.0)
+        into += tl.load(raw + place[:, None] * ROWS + four[None, :], flat, 0.0)
+        out += tl.load(raw + place[:, None] * ROWS + 4 + four[None, :], flat, 0.0)
+        across += tl.load(raw + place[:, None, None] * ROWS + 8 + 4 * j + k, cube, 0.0)
+    inv = tl.rsqrt(square / width + norm_eps)
+    tl.store(inverse + rows, inv, seen)
+    tl.store(mixes + rows[:, None] * ROWS + four[None, :], into, flat)
+    tl.store(mixes + rows[:, None] * ROWS + 4 + four[None, :], out, flat)
+    tl.store(mixes + rows[:, None, None] * ROWS + 8 + 4 * j + k, across, cube)
+    into = into * inv[:, None] * tl.load(scale) + tl.load(base + four)[None, :]
+    out = out * inv[:, None] * tl.load(scale + 1) + tl.load(base + 4 + four)[None, :]
+    across = across * inv[:, None, None] * tl.load(scale + 2) + tl.load(base + 8 + 4 * j + k)
+    tl.store(pre + rows[:, None] * 4 + four[None, :], tl.sigmoid(into) + eps, flat)
+    tl.store(post + rows[:, None] * 4 + four[None, :], 2 * tl.sigmoid(out), flat)
+    matrix, _ = sinkhorn_tile(across, comb, eps, ITERATIONS, False)
+    tl.store(comb + rows[:, None, None] * 16 + 4 * j + k, matrix, cube)
+
+
+@triton.jit
+def collapse(streams, pre, out, width, BLOCK: tl.constexpr):
+    """out = sum_j pre_j X_j, one program a block of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x = streams + token * 4 * width + columns
+    x0 = tl.load(x, inside, 0.0).to(tl.float32)
+    x1 = tl.load(x + width, inside, 0.0).to(tl.float32)
+    x2 = tl.load(x + 2 * width, inside, 0.0).to(tl.float32)
+    x3 = tl.load(x + 3 * width, inside, 0.0).to(tl.float32)
+    pre += token * 4
+    total = tl.load(pre) * x0 + tl.load(pre + 1) * x1 + tl.load(pre + 2) * x2 + tl.load(pre + 3) * x3
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def expand(output, streams, post, comb, out, width, BLOCK: tl.constexpr):
+    """out_k = post_k f + sum_j comb_jk X_j, one program a block of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    f = tl.load(output + token * width + columns, inside, 0.0).to(tl.float32)
+    x = streams + token * 4 * width + columns
+    x0 = tl.load(x, inside, 0.0).to(tl.float32)
+    x1 = tl.load(x + width, inside, 0.0).to(tl.float32)
+    x2 = tl.load(x + 2 * width, inside, 0.0).to(tl.float32)
+    x3 = tl.load(x + 3 * width, inside, 0.0).to(tl.float32)
+    post += token * 4
+    comb += token * 16
+    out += token * 4 * width + columns
+    for k in tl.static_range(4):
+        c = comb + k
+        mixed = tl.load(post + k) * f + tl.load(c) * x0 + tl.load(c + 4) * x1 + tl.load(c + 8) * x2 + tl.load(c + 12) * x3
+        tl.store(out + k * width, mixed.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def expand_backward(grad, output, streams, post, comb, doutput, dstreams, dpost, dcomb, width, BLOCK: tl.constexpr):
+    """All gradients of `expand`, one program a token; BLOCK covers the width."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    g = grad + token * 4 * width + columns
+    g0 = tl.load(g, inside, 0.0).to(tl.float32)
+    g1 = tl.load(g + width, inside, 0.0).to(tl.float32)
+    g2 = tl.load(g + 2 * width, inside, 0.0).to(tl.float32)
+    g3 = tl.load(g + 3 * width, inside, 0.0).to(tl.float32)
+    post += token * 4
+    df = tl.load(post) * g0 + tl.load(post + 1) * g1 + tl.load(post + 2) * g2 + tl.load(post + 3) * g3
+    tl.store(doutput + token * width + columns, df.to(doutput.dtype.element_ty), inside)
+    f = tl.load(output + token * width + columns, inside, 0.0).to(tl.float32)
+    dpost += token * 4
+    tl.store(dpost, tl.sum(f * g0, 0))
+    tl.store(dpost + 1, tl.sum(f * g1, 0))
+    tl.store(dpost + 2, tl.sum(f * g2, 0))
+    tl.store(dpost + 3, tl.sum(f * g3, 0))
+    for j in tl.static_range(4):
+        place = (token * 4 + j) * width + columns
+        x = tl.load(streams + place, inside, 0.0).to(tl.float32)
+        c, d = comb + token * 16 + 4 * j, dcomb + token * 16 + 4 * j
+        dx = tl.load(c) * g0 + tl.load(c + 1) * g1 + tl.load(c + 2) * g2 + tl.load(c + 3) * g3
+        tl.store(dstreams + place, dx.to(dstreams.dtype.element_ty), inside)
+        tl.store(d, tl.sum(x * g0, 0))
+        tl.store(d + 1, tl.sum(x * g1, 0))
+        tl.store(d + 2, tl.sum(x * g2, 0))
+        tl.store(d + 3, tl.sum(x * g3, 0))
+
+
+@triton.jit
+def collapse_backward(grad, streams, dpre, width, BLOCK: tl.constexpr):
+    """dpre_j = <d, X_j>, one program a token; BLOCK covers the width."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    d = tl.load(grad + token * width + columns, inside, 0.0).to(tl.float32)
+    for j in tl.static_range(4):
+        x = tl.load(streams + (token * 4 + j) * width + columns, inside, 0.0).to(tl.float32)
+        tl.store(dpre + token * 4 + j, tl.sum(d * x, 0))
+
+
+@triton.jit
+def gates_backward(mixes, inverse, base, scale, dpre, dpost, dcomb, draw, dsquare, sums, totals, tokens, width, eps,
+                   ITERATIONS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Gradients of the projections draw [T, 32], of the squares' sum (times 2) [T], and this program's share of base's and scale's."""
+    program = tl.program_id(0)
+    rows = program * TOKENS + tl.arange(0, TOKENS)
+    seen = rows < tokens
+    four, j, k = tl.arange(0, 4), tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    flat, cube = seen[:, None], seen[:, None, None]
+    narrow, wide = rows[:, None] * ROWS + four[None, :], rows[:, None, None] * ROWS + 8 + 4 * j + k
+    inv = tl.load(inverse + rows, seen, 0.0)
+    into = tl.load(mixes + narrow, flat, 0.0) * inv[:, None]
+    out = tl.load(mixes + narrow + 4, flat, 0.0) * inv[:, None]
+    across = tl.load(mixes + wide, cube, 0.0) * inv[:, None, None]
+    scale_in, scale_out, scale_across = tl.load(scale), tl.load(scale + 1), tl.load(scale + 2)
+    gate = tl.sigmoid(into * scale_in + tl.load(base + four)[None, :])
+    din = tl.load(dpre + rows[:, None] * 4 + four[None, :], flat, 0.0) * gate * (1 - gate)
+    gate = tl.sigmoid(out * scale_out + tl.load(base + 4 + four)[None, :])
+    dout = 2 * tl.load(dpost + rows[:, None] * 4 + four[None, :], flat, 0.0) * gate * (1 - gate)
+    kept = sums + rows[:, None].to(tl.int64) * (8 * ITERATIONS) + four[None, :]
+    comb, soft = sinkhorn_tile(across * scale_across + tl.load(base + 8 + 4 * j + k), kept, eps, ITERATIONS, True)
+    tl.debug_barrier()
+    dmatrix = tl.load(dcomb + rows[:, None, None] * 16 + 4 * j + k, cube, 0.0)
+    dacross = sinkhorn_backward_tile(dmatrix, comb, soft, kept, ITERATIONS)
+    totals += program * 2 * ROWS
+    tl.store(totals + four, tl.sum(din, 0))
+    tl.store(totals + 4 + four, tl.sum(dout, 0))
+    tl.store(totals + 8 + tl.arange(0, 4)[:, None] * 4 + four[None, :], tl.sum(dacross, 0))
+    per_in, per_out, per_across = tl.sum(din * into, 1), tl.sum(dout * out, 1), tl.sum(tl.sum(dacross * across, 2), 1)
+    tl.store(totals + ROWS, tl.sum(per_in, 0))
+    tl.store(totals + ROWS + 1, tl.sum(per_out, 0))
+    tl.store(totals + ROWS + 2, tl.sum(per_across, 0))
+    along = per_in * scale_in + per_out * scale_out + per_across * scale_across
+    tl.store(dsquare + rows, -along * inv * inv / width, seen)
+    tl.store(draw + narrow, din * (scale_in * inv)[:, None], flat)
+    tl.store(draw + narrow + 4, dout * (scale_out * inv)[:, None], flat)
+    tl.store(draw + wide, dacross * (scale_across * inv)[:, None, None], cube)
+    tl.store(draw + rows[:, None] * ROWS + 24 + tl.arange(0, 8)[None, :], tl.zeros([TOKENS, 8], tl.float32), flat)
+
+
+@triton.jit
+def streams_backward(streams, grad, through, draw, dsquare, pre, parts, dstreams, dfn, tokens, width, group,
+                     SPLIT: tl.constexpr, THROUGH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
+    """dX_j = pre_j d + draw fn_j + dsquare X_j (+ through), and draw^T X over a group of tokens: dfn [G, 32, 4 D]."""
+    stream = tl.program_id(0) % 4
+    columns = tl.program_id(0) // 4 * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    across = stream * width + columns
+    lines = tl.arange(0, ROWS)
+    first = tl.program_id(1) * group
+    at = parts + lines[:, None] * (4 * width) + across[None, :]
+    high_fn = tl.load(at, inside[None, :], 0.0)
+    low_fn = tl.load(at + ROWS * 4 * width, inside[None, :], 0.0) if SPLIT else high_fn
+    total = tl.zeros([BLOCK, ROWS], tl.float32)
+    for start in tl.range(first, tl.minimum(first + group, tokens), TOKENS, num_stages=STAGES):
+        rows = start + tl.arange(0, TOKENS)
+        seen = rows < tokens
+        mask = seen[:, None] & inside[None, :]
+        wide_rows = rows.to(tl.int64)[:, None]
+        place = wide_rows * (4 * width) + across[None, :]
+        x = tl.load(streams + place, mask, 0.0)
+        d = tl.load(grad + wide_rows * width + columns[None, :], mask, 0.0).to(tl.float32)
+        weights = tl.load(draw + rows[:, None] * ROWS + lines[None, :], seen[:, None], 0.0)
+        if SPLIT:
+            high = weights.to(x.dtype)
+            low = (weights - high.to(tl.float32)).to(x.dtype)
+            dx = tl.dot(high, high_fn)
+            dx = tl.dot(low, high_fn, dx)
+            dx = tl.dot(high, low_fn, dx)
+            total = tl.dot(tl.trans(x), high, total)
+            total = tl.dot(tl.trans(x), low, total)
+        else:
+            dx = tl.dot(weights, high_fn, input_precision="ieee")
+            total = tl.dot(tl.trans(x), weights, total, input_precision="ieee")
+        dx += tl.load(pre + rows * 4 + stream, seen, 0.0)[:, None] * d
+        dx += tl.load(dsquare + rows, seen, 0.0)[:, None] * x.to(tl.float32)
+        if THROUGH:
+            dx += tl.load(through + place, mask, 0.0).to(tl.float32)
+        tl.store(dstreams + place, dx.to(dstreams.dtype.element_ty), mask)
+    base = dfn + tl.program_id(1).to(tl.int64) * (ROWS * 4 * width)
+    tl.store(base + lines[None, :] * (4 * width) + across[:, None], total, inside[:, None])
