@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from model.checkpoints.files import Entry, list_tensors, read
 from model.checkpoints.formats import Kept, Stored, decode, nan_scales, part_key, scale_name
 from model.checkpoints.layouts import FAMILIES, Family, Slot, detect, slots
 from model.config import AnyConfig, ModelConfig
+from model.quant.fp8 import WEIGHT_BLOCK
 from model.transformer import Transformer
 
 MOST_PROBLEMS = 50
@@ -84,11 +85,11 @@ def fill(plan: Plan, dtype: torch.dtype | None, device: torch.device) -> Transfo
         state[name] = torch.empty(shape.shape, dtype=own, device=device)
     for name, first, rows in read(plan.entries, plan.slots, whole=lambda name: plan.stored[name].scales is not None):
         slot, how = plan.slots[name], plan.stored[name]
-        values = decode(rows.to(device) if how.scales is not None else rows, how, dtype)
-        for part in slot.parts:
-            target = state[part.target] if part.expert is None else state[part.target][part.expert]
-            source = values if part.rows is None else values[:, slice(*part.rows)]
-            target[first : first + len(source)].copy_(source)
+        for start, values in _decoded(rows.to(device) if how.scales is not None else rows, how, dtype):
+            for part in slot.parts:
+                target = state[part.target] if part.expert is None else state[part.target][part.expert]
+                source = values if part.rows is None else values[:, slice(*part.rows)]
+                target[first + start : first + start + len(source)].copy_(source)
     model.load_state_dict(state, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -97,6 +98,18 @@ def fill(plan: Plan, dtype: torch.dtype | None, device: torch.device) -> Transfo
                 module.register_buffer(name, torch.zeros(buffer.shape, device=device), persistent=False)
     formats.LOADED[model] = _kept(plan)
     return model
+
+
+def _decoded(stored: Tensor, how: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yield first row and values of a stored tensor; a quantised one some blocks at a time, which on a CPU stay in the cache."""
+    if how.scales is None:
+        yield 0, stored
+        return
+    height = stored.shape[0] if stored.device.type != "cpu" else WEIGHT_BLOCK[0]
+    scale_rows = height // WEIGHT_BLOCK[0] if how.format == "fp8" else height
+    for number, start in enumerate(range(0, stored.shape[0], height)):
+        scales = how.scales[number * scale_rows : (number + 1) * scale_rows] if height < stored.shape[0] else how.scales
+        yield start, decode(stored[start : start + height], Stored(how.format, scales), dtype)
 
 
 def _narrowest(plan: Plan, family: Family) -> torch.dtype:
