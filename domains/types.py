@@ -51,6 +51,7 @@ class Sample:
         outcome: what the domain's environment left behind (the agent's database), empty without one.
         truncated: the token budget ended it.
         policy_version: optimizer steps that the sampling weights had seen.
+        drafted, accepted: tokens that speculative decoding proposed, and how many of them stayed.
     """
 
     prompt: Prompt
@@ -61,6 +62,8 @@ class Sample:
     outcome: dict[str, Any] = field(default_factory=dict)
     truncated: bool = False
     policy_version: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

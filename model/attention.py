@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.cache import FRONT, LayerCache, PrefillPlan, Step
+from model.cache import FRONT, LayerCache, PrefillPlan, Step, Steps
 from model.compressor import Compressor
 from model.config import ModelConfig
 from model.cpu import small_products
@@ -75,10 +75,18 @@ class Attention(nn.Module):
         out = sparse_attention(q, kv, entries, indices, self.attn_sink, row=row, ratio=self.ratio)
         return self._output(row.gather(out), turns)
 
-    def decode(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """Attend from one new token a row, [B, D] to [B, D], and put it in the cache."""
+    def decode(self, x: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:
+        """Attend from one new token a row, [B, D] to [B, D], and put it in the cache; with `Steps` from n tokens a row, [n * B, D]."""
         turns = step.turns[bool(self.ratio)]
-        latent, q, kv = self._project(x, turns)
+        new = (x, *self._project(x, turns))
+        if isinstance(step, Step):
+            return self._output(self._attend(new, step, cache), turns)
+        parts = zip(*(each.chunk(len(step.parts)) for each in new), strict=True)
+        return self._output(torch.cat([self._attend(part, one, cache) for part, one in zip(parts, step.parts, strict=True)]), turns)
+
+    def _attend(self, new: tuple[Tensor, ...], step: Step, cache: LayerCache) -> Tensor:
+        """Put one token a row, its input and projections, in the cache and return what its heads gather, [B, H, K]."""
+        x, latent, q, kv = new
         cache.keys[step.rows, step.slot] = kv.to(cache.keys.dtype)
         bias = step.biases[self.ratio]
         if self.compressor is not None and cache.compressor is not None:
@@ -94,7 +102,7 @@ class Attention(nn.Module):
             scores = torch.bmm(q.float() * self.width**-0.5, keys.mT).add_(bias)
             scores[:, :, 0] = self.attn_sink
             out = torch.bmm(scores.softmax(-1), keys)
-        return self._output(out.to(x.dtype), turns)
+        return out.to(x.dtype)
 
     def _project(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query latent [T, R], the queries [T, H, K] and the window key [T, K], rotated."""

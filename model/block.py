@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
-from model.cache import LayerCache, PrefillPlan, Step
+from model.cache import LayerCache, PrefillPlan, Step, Steps
 from model.config import ModelConfig
 from model.hyper_connections import mix_in, mix_out
 from model.layout import PackedRow
@@ -58,8 +58,8 @@ class Block(nn.Module):
         out, balance = self.ffn(x, tokens, row if row.source is None else None)
         return mix_out(out, streams, post, comb), balance
 
-    def decode(self, streams: Tensor, tokens: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """Pass one new token a row: streams [B, M, D], tokens [B]."""
+    def decode(self, streams: Tensor, tokens: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:
+        """Pass one new token a row: streams [B, M, D], tokens [B]; n tokens a row with `Steps`, the first of all rows before the second."""
         x, post, comb = self._attn_in(streams)
         streams = mix_out(self.attn.decode(x, step, cache), streams, post, comb)
         x, post, comb = self._ffn_in(streams)

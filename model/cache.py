@@ -44,8 +44,10 @@ class Cache:
     """Decoding state of `rows` sequences of at most `capacity` tokens each.
 
     Attributes:
-        layers: one `LayerCache` a layer; MTP blocks have none.
-        positions: [B] int64, tokens that each row has seen.
+        layers: one `LayerCache` a layer.
+        positions: [B] int64, tokens that each row has seen. Everything is stored by position, so lowering one takes tokens back.
+        draft: the MTP block's, None until `drafting.prefill` makes it.
+        streams: [n, B, M, D] of the newest n tokens of each row, what the MTP block reads next; kept along with `draft`.
 
     Source: v4_spec 2.6.
     """
@@ -56,9 +58,11 @@ class Cache:
         self.config, self.capacity = config, capacity
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.layers = [
-            _layer_cache(config, r, rows=rows, capacity=capacity, device=device, dtype=dtype)
+            layer_cache(config, r, rows=rows, capacity=capacity, device=device, dtype=dtype)
             for r in config.compress_ratios[: config.num_hidden_layers]
         ]
+        self.draft: LayerCache | None = None
+        self.streams: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -75,10 +79,14 @@ class Cache:
         chosen.config, chosen.capacity = self.config, self.capacity
         chosen.positions = self.positions.index_select(0, index)
         chosen.layers = [_select(layer, index) for layer in self.layers]
+        chosen.draft = self.draft and _select(self.draft, index)
+        chosen.streams = None if self.streams is None else self.streams.index_select(1, index)
         return chosen
 
 
-def _layer_cache(config: AnyConfig, ratio: int, *, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
+def layer_cache(config: AnyConfig, ratio: int, *, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
+    """Make the empty state of one layer of a compress ratio; arguments as of `Cache`."""
+
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(rows, *shape, device=device, dtype=dtype)
 
@@ -200,3 +208,16 @@ class Step:
         chosen.scatter_(1, torch.where(indices >= 0, indices, self.most[ratio]), 0.0)
         bias[:, 0, begin:] = chosen[:, :-1]
         return bias
+
+
+class Steps:
+    """Consecutive steps of the same rows, computed together: tokens [n * B], the first of all rows before the second of all rows.
+
+    Attributes:
+        parts: the n steps.
+        turns: rotations [n * B, R / 2] by kind of layer.
+    """
+
+    def __init__(self, parts: list[Step]) -> None:
+        self.parts = parts
+        self.turns = {kind: torch.cat([part.turns[kind] for part in parts]) for kind in parts[0].turns}

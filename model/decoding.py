@@ -14,7 +14,7 @@ from model.cache import Cache, LayerCache
 from model.config import ModelConfig
 from model.indexer import RATIO
 from model.kernels.decode import attention, experts, streams
-from model.kernels.decode.products import LANES, padded, product
+from model.kernels.decode.products import LANES, map_rows, padded
 from model.kernels.decode.room import attention_room, expert_room, streams_room
 from model.packed_weights import LayerWeights, PackedWeights
 from model.rope import inverse_frequencies, rotations
@@ -51,8 +51,9 @@ def decoder_for(model: Transformer) -> Callable[[Cache], Decoder]:
 
 
 def is_compiled(model: Transformer) -> bool:
-    """Tell whether the compiled loops decode this model: V4 in fp32 on a CPU, heads of whole vectors."""
+    """Tell whether the compiled loops decode this model: V4 in fp32 on a CPU, heads of whole vectors, keys and index not quantised."""
     fits = isinstance(model.config, ModelConfig) and model.config.head_dim % LANES == 0
+    fits = fits and not (model.quantization["indexer"] or model.quantization["kv"])
     return fits and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -134,7 +135,7 @@ class CompiledDecoder:
             work = work._replace(now=work.then, then=work.now)
         self._positions[slots] += 1
         streams.merge(work, self._weights.merge, self._numbers, count)
-        product((work.x, 0, work.x.shape[1]), self._weights.head, (self._logits, 0, self._logits.shape[1]), count)
+        map_rows(work.x, self._weights.head, self._logits, count)
         return torch.from_numpy(self._logits[:count, : self._config.vocab_size])
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -152,7 +153,7 @@ class CompiledDecoder:
             attention.compress(layer.index_compressor, buffers, state.indexer, rows, (turns, eps))
             topk = self._config.index_topk
             if (int(rows.positions.max()) + 1) // RATIO > topk:
-                attention.index_queries(layer.index_wq_b, buffers, count)
+                map_rows(buffers.latent, layer.index_wq_b, buffers.index_q, count)
         around = (turns, window, layer.ratio, topk, layer.weights_at, self._config.index_n_heads, eps)
         attention.attend(buffers, (state.keys, state.index_keys), layer.projections.sink, rows, around)
         attention.output(layer.projections, buffers, count)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.block import Block
+from model.cache import LayerCache, PrefillPlan, Step, Steps
 from model.config import ModelConfig
 from model.hyper_connections import merge
 from model.layout import PackedRow
@@ -32,7 +33,15 @@ class MTP(Block):
         self.hc_head_base = nn.Parameter(torch.zeros(config.hc_mult))
         self.hc_head_scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, streams: Tensor, following: Tensor, next_tokens: Tensor, row: PackedRow) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        streams: Tensor,
+        following: Tensor,
+        next_tokens: Tensor,
+        row: PackedRow,
+        cache: LayerCache | None = None,
+        plan: PrefillPlan | None = None,
+    ) -> Tensor:
         """Return the hidden states [T, D] that the shared head turns into logits of the token after the next.
 
         Args:
@@ -40,7 +49,17 @@ class MTP(Block):
             following: [T, D] embedding of each token's successor.
             next_tokens: [T] int64, the successors themselves.
             row: layout; the last token of each sample has no successor of its own, its result is meaningless.
+            cache, plan: where a prefill leaves the keys; both or neither.
         """
-        joined = self.e_proj(self.enorm(following)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
-        streams, _ = super().forward(joined, next_tokens, row)
+        streams, _ = super().forward(self._joined(streams, following), next_tokens, row, cache, plan)
+        return self._last(streams)
+
+    def draft(self, streams: Tensor, following: Tensor, next_tokens: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:
+        """Do the same for one new token a row, or for n with `Steps`: streams [n * B, M, D] to hidden states [n * B, D]."""
+        return self._last(self.decode(self._joined(streams, following), next_tokens, step, cache))
+
+    def _joined(self, streams: Tensor, following: Tensor) -> Tensor:
+        return self.e_proj(self.enorm(following)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
+
+    def _last(self, streams: Tensor) -> Tensor:
         return self.norm(merge(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config=self.config))

@@ -111,7 +111,7 @@ def _experts(moe: MoE) -> ExpertWeights:
     count, active = len(gate.weight), gate.active
     w1, w2, w3 = (
         np.concatenate([_view(stack), _view(one.weight)[None]])
-        for stack, one in ((routed.w1, shared.w1), (routed.w2, shared.w2), (routed.w3, shared.w3))
+        for stack, one in zip(routed.matrices(), (shared.w1, shared.w2, shared.w3))
     )
     return ExpertWeights(
         gate=_packed(gate.weight),

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from model.attention import Attention
 from model.block import Block
-from model.cache import Cache, PrefillPlan, Step
+from model.cache import Cache, PrefillPlan, Step, Steps
 from model.config import AnyConfig, ModelConfig, V32Config
 from model.hyper_connections import merge
 from model.indexer import Indexer
@@ -102,9 +102,9 @@ class Transformer(nn.Module):
             indexer: "" selects, "dense" and "sparse" let the indexers learn, see `PackedRow.indexer`.
         """
         row = PackedRow(self.config, cu_seqlens, len(tokens), source, indexer=indexer)
-        streams, balance = self._streams(row.gather(tokens), row)
+        streams, balance = self.streams(row.gather(tokens), row)
         learnt = torch.stack(row.indexer_losses).mean() if row.indexer_losses else None
-        return Hidden(row.spread(self._last(streams)), streams, balance, learnt)
+        return Hidden(row.spread(self.last(streams)), streams, balance, learnt)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:
@@ -117,9 +117,9 @@ class Transformer(nn.Module):
             ValueError: rows or lengths do not fit the cache.
         """
         row = PackedRow(self.config, cu_seqlens, len(tokens))
-        streams, _ = self._streams(tokens, row, cache, PrefillPlan(row, cache))
+        streams, _ = self.streams(tokens, row, cache, PrefillPlan(row, cache))
         cache.positions.copy_(row.lengths)
-        return self._last(streams.index_select(0, row.cu_seqlens[1:] - 1))
+        return self.last(streams.index_select(0, row.cu_seqlens[1:] - 1))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -140,11 +140,16 @@ class Transformer(nn.Module):
         step = Step(self.config, cache.positions)
         if step.longest > cache.capacity:
             raise ValueError(f"decode: got a row of {step.longest} tokens, expected at most the capacity {cache.capacity}")
+        streams = self.decode_streams(tokens, step, cache)
+        cache.positions += 1
+        return self.last(streams)
+
+    def decode_streams(self, tokens: Tensor, step: Step | Steps, cache: Cache) -> Tensor:
+        """Pass new tokens through all blocks, [B] to streams [B, M, D], or [n * B] with `Steps`; positions stay as they are."""
         streams = self._embed(tokens)
         for block, layer_cache in zip(self.layers, cache.layers):
             streams = block.decode(streams, tokens, step, layer_cache)  # type: ignore[operator]
-        cache.positions += 1
-        return self._last(streams)
+        return streams
 
     def mtp_hidden(self, hidden: Hidden, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return [T, D] hidden states of the MTP block: through the head they predict token t + 2.
@@ -209,9 +214,10 @@ class Transformer(nn.Module):
         """Repeat the embedding on every stream, [T, M, D]."""
         return self.embed(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
 
-    def _streams(
+    def streams(
         self, tokens: Tensor, row: PackedRow, cache: Cache | None = None, plan: PrefillPlan | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        """Pass a packed row through all blocks: tokens [U] to streams [U, M, D] and the balance loss; a prefill fills `cache`."""
         streams = self._embed(tokens)
         balance = torch.zeros((), device=streams.device) if row.source is None else None
         for layer, block in enumerate(self.layers):
@@ -219,7 +225,8 @@ class Transformer(nn.Module):
             balance = None if balance is None else balance + loss
         return streams, balance
 
-    def _last(self, streams: Tensor) -> Tensor:
+    def last(self, streams: Tensor) -> Tensor:
+        """Merge and normalise the streams [n, M, D] after the last block into what the head reads, [n, D]."""
         if isinstance(self.config, V32Config):
             return self.norm(streams.squeeze(1))
         return self.norm(merge(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config=self.config))

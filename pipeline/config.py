@@ -120,6 +120,8 @@ def problems(config: RunConfig) -> list[str]:
         found.append(f"run: got {run_name(config)!r}, expected letters, digits and . , = + - _")
     found += _model_problems(config.model)
     found += _out_of_range("", config)
+    if config.engine.quantization.kv and isinstance(config.model, V32Config) and not config.model.path:
+        found.append("engine.quantization.kv: got true, expected false: only V4's cache has this grid")
     if config.tracking.wandb not in ("offline", "online", "off"):
         found.append(choose("tracking.wandb", config.tracking.wandb, ("offline", "online", "off")))
     if config.sandbox.backend not in ("auto", "bwrap", "bwrap-clone-filter"):
@@ -128,7 +130,7 @@ def problems(config: RunConfig) -> list[str]:
         found.append("domains: got none, expected at least one")
     for name, specialist in config.domains.items():
         found += _domain_problems(name, specialist, config)
-    return found + _distill_problems(config)
+    return found + _distill_problems(config) + _mtp_problems(config)
 
 
 def architecture(model: V4Model | V32Model) -> AnyConfig:
@@ -176,6 +178,23 @@ def _domain_problems(name: str, specialist: SpecialistConfig, config: RunConfig)
         got = f"{prefix}.grpo.samples_per_prompt: got {specialist.grpo.samples_per_prompt}"
         found.append(f"{got}, expected at least 2: the baseline is the group's mean")
     return found
+
+
+def _mtp_problems(config: RunConfig) -> list[str]:
+    """Refuse what needs an MTP block of a model that has none; a checkpoint says itself what it has."""
+    if config.model.path or (isinstance(config.model, ModelConfig) and config.model.num_nextn_predict_layers):
+        return []
+    losses = {"base": config.base, "warmup": config.warmup} | {f"domains.{n}.sft": s.sft for n, s in config.domains.items()}
+    found = [
+        f"{name}.mtp_loss_weight: got {loss.mtp_loss_weight:g}, expected 0: the model has no MTP block"
+        for name, loss in losses.items()
+        if loss.mtp_loss_weight
+    ]
+    return found + [
+        f"domains.{name}.sampling.speculative: got true, expected false: the model has no MTP block to draft with"
+        for name, specialist in config.domains.items()
+        if specialist.sampling.speculative
+    ]
 
 
 def _distill_problems(config: RunConfig) -> list[str]:

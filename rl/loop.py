@@ -153,11 +153,17 @@ def describe(samples: Sequence[Sample], verdicts: Sequence[Verdict], *, elapsed_
     """Summarise a rollout under the field's metric names."""
     graded = [v.reward for v in verdicts if v.status != "infrastructure"]
     lengths = [sum(s.sampled) for s in samples]
+    drafted = sum(s.drafted for s in samples)
+    drafts = {"rollout/draft_acceptance": sum(s.accepted for s in samples) / drafted} if drafted else {}
     statuses = {f"status/{name}": count / len(verdicts) for name, count in sorted(count_statuses(verdicts).items())}
-    return {
-        "reward/mean": sum(graded) / max(1, len(graded)),
-        "response_length/mean": sum(lengths) / len(lengths),
-        "response_length/truncated_fraction": sum(s.truncated for s in samples) / len(samples),
-        "errored/infrastructure": sum(v.status == "infrastructure" for v in verdicts),
-        "perf/tokens_per_s": sum(lengths) / elapsed_s,
-    } | statuses
+    return (
+        {
+            "reward/mean": sum(graded) / max(1, len(graded)),
+            "response_length/mean": sum(lengths) / len(lengths),
+            "response_length/truncated_fraction": sum(s.truncated for s in samples) / len(samples),
+            "errored/infrastructure": sum(v.status == "infrastructure" for v in verdicts),
+            "perf/tokens_per_s": sum(lengths) / elapsed_s,
+        }
+        | statuses
+        | drafts
+    )

@@ -78,6 +78,8 @@ class SamplingConfig:
     """Sampled tokens of one sample, all turns together."""
     max_turns: int = 1
     """Assistant turns; above 1 only for domains with an environment."""
+    speculative: bool = False
+    """Let the model's MTP block draft every other token; what is sampled has the same distribution."""
 
 
 @dataclass(kw_only=True)

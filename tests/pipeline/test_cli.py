@@ -121,3 +121,10 @@ def test_a_checkpoint_that_is_none_is_refused_by_file_and_reason(call, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4", "compress_ratios": [0]}')
     code, _, error = call("plan", "+stage=base", f"model.path={tmp_path}")
     assert code == 2 and f"{tmp_path}/config.json" in error and "compress_ratios: got 1 entries, expected 44" in error
+
+
+def test_what_needs_an_mtp_block_is_refused_of_a_model_without(call):
+    code, _, error = call("plan", "+stage=all", "model=v32_tiny", "base.mtp_loss_weight=0.3", "domains.math.sampling.speculative=true")
+    assert code == 2 and "base.mtp_loss_weight: got 0.3" in error and "domains.math.sampling.speculative" in error
+    code, _, error = call("plan", "+stage=all", "model=v32_tiny", "engine.quantization.kv=true")
+    assert code == 2 and "engine.quantization.kv" in error

@@ -1,12 +1,23 @@
 """Speculative sampling changes nothing about what is sampled."""
 
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.generation.sampler import choose
-from runtime.generation.speculative import verify
+from domains.types import Prompt
+from model import drafting
+from model.cache import Cache
+from model.config import ModelConfig
+from model.transformer import Transformer
+from runtime.config import SamplingConfig
+from runtime.generation.rows import Row
+from runtime.generation.sampler import choose, uniforms
+from runtime.generation.speculative import DRAWS, decode_speculatively, verify
 
 
 @settings(max_examples=25, deadline=None)
@@ -50,3 +61,107 @@ def test_log_probabilities_are_the_models(temperature):
     verdicts = verify(logits, torch.randn(50, 5), drafts, torch.rand(50, 2), temperature)
     expected = torch.log_softmax(logits / temperature, -1).gather(1, verdicts.tokens[:, None])[:, 0]
     torch.testing.assert_close(verdicts.logprobs, expected)
+
+
+CONFIG = ModelConfig(
+    vocab_size=6, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2,
+    o_lora_rank=8, sliding_window=8, compress_ratios=[0, 4, 128, 0], index_n_heads=4, index_head_dim=16, index_topk=3, n_routed_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1, initializer_range=0.4, num_nextn_predict_layers=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(2)
+    return Transformer(CONFIG).eval()
+
+
+class Ends:
+    """Turns of which nothing comes back but, once, a given continuation."""
+
+    def __init__(self, *, tokens, temperature, given=(), limit=200):
+        self.sampling = SamplingConfig(max_new_tokens=tokens, temperature=temperature, speculative=True)
+        self.tokenizer, self.limit, self.given = SimpleNamespace(eos=5), limit, list(given)
+
+    def end(self, rows):
+        for row in rows:
+            row.turns += 1
+            row.done = row.truncated or not self.given or row.turns > 1 or len(row.sampled) >= self.sampling.max_new_tokens
+            if not row.done:
+                row.given.extend(self.given)
+
+
+def _run(model, prompts, ends, *, seed=0):
+    rows = []
+    for i, prompt in enumerate(prompts):
+        greedy = ends.sampling.temperature == 0
+        draws = None if greedy else uniforms(seed, i, DRAWS * ends.sampling.max_new_tokens).tolist()
+        rows.append(Row(Prompt(f"p{i}", "math", [], {}), list(prompt), len(prompt), draws, turn_start=len(prompt)))
+    cache = Cache(CONFIG, rows=len(rows), capacity=ends.limit)
+    lengths = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
+    hidden = drafting.prefill(model, torch.tensor([t for p in prompts for t in p]), lengths, cache)
+    with torch.no_grad():
+        decode_speculatively(list(rows), model.head(hidden), model, cache, ends)
+    return rows
+
+
+def _next(model, tokens):
+    with torch.no_grad():
+        return model.head(model(torch.tensor(tokens), torch.tensor([0, len(tokens)])).last[-1:])[0]
+
+
+@pytest.mark.parametrize("given", [(), (1, 2, 3), (4,)], ids=str)
+def test_greedy_rows_are_what_the_model_alone_decodes(model, given):
+    prompts = [[1, 2, 3], [4] * 20, [2], [0, 1, 2, 3, 4, 0, 1]]
+    for row in _run(model, prompts, Ends(tokens=45, temperature=0, given=given)):
+        tokens, sampled, queue, turns = list(row.tokens[: row.prompt_length]), 0, [], 0
+        while sampled < 45:
+            if queue:
+                tokens.append(queue.pop(0))
+                continue
+            tokens.append(int(_next(model, tokens).argmax()))
+            sampled += 1
+            if tokens[-1] == 5:
+                turns += 1
+                if not given or turns > 1:
+                    break
+                queue = list(given)
+        assert row.tokens == tokens
+        assert 0 <= row.accepted <= row.drafted
+
+
+def test_sampled_tokens_have_the_models_joint_distribution_and_log_probabilities(model):
+    count, tokens = 6000, 3
+    rows = _run(model, [[1, 2, 3]] * count, Ends(tokens=tokens, temperature=0.8))
+    expected = {}
+
+    def spread(prefix, probability):
+        if len(prefix) == tokens or (prefix and prefix[-1] == 5):
+            expected[tuple(prefix)] = probability
+            return
+        for token, p in enumerate(torch.softmax(_next(model, [1, 2, 3, *prefix]) / 0.8, -1).tolist()):
+            spread([*prefix, token], probability * p)
+
+    spread([], 1.0)
+    found = Counter(tuple(row.tokens[3:]) for row in rows)
+    assert sum(row.accepted for row in rows) > 0 and sum(row.drafted - row.accepted for row in rows) > 0
+    distance = sum((found[key] - count * p) ** 2 / (count * p) for key, p in expected.items() if count * p >= 5)
+    free = sum(count * p >= 5 for p in expected.values())
+    assert distance < free + 4 * (2 * free) ** 0.5  # four standard deviations of a chi-square
+    for row in rows[:20]:
+        for place, logprob in zip(row.sampled, row.logprobs, strict=True):
+            exact = torch.log_softmax(_next(model, row.tokens[:place]) / 0.8, -1)[row.tokens[place]]
+            assert logprob == pytest.approx(float(exact), abs=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    prompts = [[1, 2, 3], [3, 2], [0] * 30]
+    together = _run(model, prompts, Ends(tokens=30, temperature=1.0), seed=3)
+    alone = _run(model, prompts[:1], Ends(tokens=30, temperature=1.0), seed=3)
+    assert alone[0].tokens == together[0].tokens
+
+
+def test_a_model_without_an_mtp_block_is_refused():
+    bare = Transformer(replace(CONFIG, num_nextn_predict_layers=0, compress_ratios=[0, 4, 128]))
+    with pytest.raises(ValueError, match="no MTP block"):
+        drafting.prefill(bare, torch.tensor([1]), torch.tensor([0, 1]), Cache(bare.config, rows=1, capacity=8))
