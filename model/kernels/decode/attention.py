@@ -9,7 +9,7 @@ from numba import njit
 
 from model.cache import FRONT
 from model.kernels.decode.arithmetic import FAST, ONE, ZERO, bits_of, copy, exp, inverse_rms, normalise, rotate
-from model.kernels.decode.products import LANES, multiply, product
+from model.kernels.decode.products import LANES, at, multiply, product
 
 _NONE = np.float32(-np.inf)
 
@@ -81,10 +81,10 @@ class Compression(NamedTuple):
 def project(x, weights, buffers, eps, count):
     """Project the first `count` rows of `x` [B, D]: everything that reads the input, the query latent, the queries."""
     wide, latent, q, rank = buffers.wide, buffers.latent, buffers.q, len(weights.q_norm)
-    product((x, 0, x.shape[1]), weights.wide, (wide, 0, wide.shape[1]), count)
+    product((at(x, 0), x.shape[1]), weights.wide, (at(wide, 0), wide.shape[1]), count)
     for b in range(count):
         normalise(wide[b, :rank], weights.q_norm, eps, latent[b])
-    product((latent, 0, rank), weights.wq_b, (q, 0, q.shape[1]), count)
+    product((at(latent, 0), rank), weights.wq_b, (at(q, 0), q.shape[1]), count)
 
 
 @njit(**FAST)
@@ -207,20 +207,28 @@ def attend(buffers, keys, sink, rows, around):
 def _attend_heads(buffers, close, distant, heads_of, head):
     """Attend from up to 16 heads of one row: scores [keys, 16], softmax over keys and sink, weighted sums of the keys."""
     (own, near), (far, begin, entries), (q, o, sink, scale) = close, distant, heads_of
-    width, scores, count = q.shape[1], buffers.scores, near + entries
+    width, count = q.shape[1], near + entries
     heads = _transpose(q, buffers.flat, head, scale)
-    flat = (buffers.flat, 0, LANES, 0)
-    multiply((own, FRONT * width, width, 1), flat, (scores, 0, LANES), (near, 1, width), False)
-    multiply((far, begin * width, width, 1), flat, (scores, near * LANES, LANES), (entries, 1, width), False)
+    window, beyond = at(own, FRONT * width), at(far, begin * width)
+    _scores(window, near, buffers, width, 0)
+    _scores(beyond, entries, buffers, width, near)
     _softmax(buffers, sink[head : head + heads], count)
     weights, room = buffers.weights, buffers.weights.shape[1]
-    out, panels = (o, head * width, width), width // LANES
-    multiply((weights, 0, room, 1), (own, FRONT * width, width, LANES), out, (heads, panels, near), False)
-    multiply((weights, near, room, 1), (far, begin * width, width, LANES), out, (heads, panels, entries), True)
+    out, panels, lanes = (at(o, head * width), width), width // LANES, np.int64(LANES)
+    multiply((at(weights, 0), room), (window, width, lanes), out, (heads, panels, near), np.bool_(False))
+    multiply((at(weights, near), room), (beyond, width, lanes), out, (heads, panels, entries), np.bool_(True))
     for h in range(heads):
         inverse = ONE / buffers.totals[h]
         for k in range(width):
             o[head + h, k] *= inverse
+
+
+@njit(**FAST)
+def _scores(keys, count, buffers, width, row):
+    """Multiply `count` keys of some width by the queries in `flat` into the rows of `scores` from `row` on."""
+    one, lanes = np.int64(1), np.int64(LANES)
+    queries, out = (at(buffers.flat, 0), lanes, lanes), (at(buffers.scores, row * LANES), lanes)
+    multiply((keys, width), queries, out, (count, one, width), np.bool_(False))
 
 
 @njit(**FAST)
@@ -246,12 +254,6 @@ def _softmax(buffers, sink, count):
 
 
 @njit(**FAST)
-def index_queries(weights, buffers, count):
-    """Project the query latents to the indexer's queries; `weights` packed."""
-    product((buffers.latent, 0, buffers.latent.shape[1]), weights, (buffers.index_q, 0, buffers.index_q.shape[1]), count)
-
-
-@njit(**FAST)
 def _index_scores(buffers, index_keys, which, turns):
     """Score the entries of one row: sum_h w_h ReLU(q_h . k_s), into `found`; the common positive factor of w is left out."""
     b, entries, weights_at, heads = which
@@ -262,7 +264,7 @@ def _index_scores(buffers, index_keys, which, turns):
         rotate(q[h], turns, ONE)
     for head in range(0, heads, LANES):
         some = _transpose(q, buffers.flat, head, ONE)
-        multiply((index_keys, 0, width, 1), (buffers.flat, 0, LANES, 0), (scores, 0, LANES), (entries, 1, width), False)
+        _scores(at(index_keys, 0), entries, buffers, width, 0)
         for s in range(entries):
             total = ZERO
             for h in range(some):
@@ -308,5 +310,5 @@ def output(weights, buffers, count):
     groups, _, inner, _ = weights.wo_a.shape
     rank = weights.wo_b.shape[1] // groups
     for g in range(groups):  # in this order: the padding of one group's last panel lies on the next group
-        product((o, g * inner, o.shape[1]), weights.wo_a[g], (low, g * rank, low.shape[1]), count)
-    product((low, 0, low.shape[1]), weights.wo_b, (out, 0, out.shape[1]), count)
+        product((at(o, g * inner), o.shape[1]), weights.wo_a[g], (at(low, g * rank), low.shape[1]), count)
+    product((at(low, 0), low.shape[1]), weights.wo_b, (at(out, 0), out.shape[1]), count)

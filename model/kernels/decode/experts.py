@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from model.kernels.decode.arithmetic import FAST, ZERO, copy, exp, sigmoid
-from model.kernels.decode.products import product
+from model.kernels.decode.products import at, product
 
 _TWENTY, _TINY = np.float32(20), np.float32(1e-20)
 
@@ -62,7 +62,7 @@ def moe(x, weights, buffers, rows, how):
     own, out = buffers
     limit, scaling, normalises = how
     count = len(rows.tokens)
-    product((x, 0, x.shape[1]), weights.gate, (own.scores, 0, own.scores.shape[1]), count)
+    product((at(x, 0), x.shape[1]), weights.gate, (at(own.scores, 0), own.scores.shape[1]), count)
     for b in range(count):
         _route(own, weights, b, rows.tokens[b])
         total = _TINY if normalises else scaling
@@ -128,15 +128,21 @@ def _expert(w13, w2, buffers, span, limit):
     first, size = span
     x, hidden, inner, y = buffers.x, buffers.hidden, buffers.inner, buffers.y
     width, wide = inner.shape[1], hidden.shape[1]
-    product((x, first * x.shape[1], x.shape[1]), w13, (hidden, first * wide, wide), size)
+    product((at(x, first * x.shape[1]), x.shape[1]), w13, (at(hidden, first * wide), wide), size)
     for row in range(first, first + size):
-        both, result = hidden[row], inner[row]
-        for f in range(width):
-            gate, up = both[f], both[width + f]
-            gate = limit if gate > limit else gate
-            up = limit if up > limit else (-limit if up < -limit else up)
-            result[f] = gate * sigmoid(gate) * up
-    product((inner, first * width, width), w2, (y, first * y.shape[1], y.shape[1]), size)
+        _activate(hidden[row], inner[row], limit)
+    product((at(inner, first * width), width), w2, (at(y, first * y.shape[1]), y.shape[1]), size)
+
+
+@njit(**FAST)
+def _activate(both, result, limit):
+    """Clamp and gate one row: silu(min(gate, l)) * clamp(up, -l, l), the gates before the ups."""
+    width = len(result)
+    for f in range(width):
+        gate, up = both[f], both[width + f]
+        gate = limit if gate > limit else gate
+        up = limit if up > limit else (-limit if up < -limit else up)
+        result[f] = gate * sigmoid(gate) * up
 
 
 @njit(**FAST)

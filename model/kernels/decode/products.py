@@ -37,14 +37,35 @@ def padded(outputs: int) -> int:
     return -(-outputs // LANES) * LANES
 
 
+def _at(typingctx, array, offset):
+    """Point to an element of a contiguous fp32 array."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.gep(data, [arguments[1]])
+
+    return types.CPointer(types.float32)(array, types.int64), generate
+
+
+def _step_from(typingctx, pointer, count):
+    """Move a pointer by elements."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return pointer(pointer, types.int64), generate
+
+
+at: Any = intrinsic(_at)
+_step: Any = intrinsic(_step_from)
+
+
 def _tile(rows: int, panels: int) -> Any:
     """Make the intrinsic `tile(a, w, c, depth, adds)` of a fixed number of rows and panels; operands as `multiply` takes them."""
 
     def tile(typingctx, a, w, c, depth, adds):
         def generate(context, builder, signature, arguments):
-            (first, (row, along)), (weights, (down, across)), (out, (apart,)) = (
-                _operand(context, builder, kind, value) for kind, value in zip(signature.args, arguments[:3])
-            )
+            (first, row), (weights, down, across), (out, apart) = (cgutils.unpack_tuple(builder, x) for x in arguments[:3])
             starts = [_move(builder, first, _INT(r), row) for r in range(rows)]
             tops = [_move(builder, weights, _INT(p), across) for p in range(panels)]
             places = [(r, p) for r in range(rows) for p in range(panels)]
@@ -59,7 +80,7 @@ def _tile(rows: int, panels: int) -> Any:
                         builder.store(ir.Constant(_VECTOR, [0.0] * LANES), total)
             with cgutils.for_range(builder, arguments[3]) as loop:
                 columns = [builder.load(_vector(builder, _move(builder, top, loop.index, down)), align=4) for top in tops]
-                factors = [_broadcast(builder, builder.load(_move(builder, start, loop.index, along))) for start in starts]
+                factors = [_broadcast(builder, builder.load(builder.gep(start, [loop.index]))) for start in starts]
                 for total, (r, p) in zip(sums, places):
                     product = builder.fmul(factors[r], columns[p], flags=("contract",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
@@ -70,13 +91,6 @@ def _tile(rows: int, panels: int) -> Any:
         return types.void(a, w, c, types.int64, types.boolean), generate
 
     return intrinsic(tile)
-
-
-def _operand(context: Any, builder: Any, kind: Any, value: Any) -> tuple[Any, list[Any]]:
-    """Return a pointer to the first element of an operand (array, offset, strides ...), and its strides."""
-    array, offset, *strides = cgutils.unpack_tuple(builder, value)
-    data = context.make_array(kind.types[0])(context, builder, array).data
-    return builder.gep(data, [offset]), strides
 
 
 def _move(builder: Any, pointer: Any, count: Any, stride: Any) -> Any:
@@ -104,39 +118,39 @@ def multiply(a, w, c, shape, adds):
     """Compute c[r, p] = (c[r, p] if adds else 0) + sum_k a[r, k] w[k, p] for rows r and panels p of 16 outputs.
 
     Args:
-        a: (array, offset, elements between rows, elements between steps of k).
-        w: (array, offset, elements between steps of k, elements between panels); the 16 of a panel lie together.
-        c: (array, offset, elements between rows); panels lie together.
+        a: (pointer, elements between rows); the steps of k lie together, pointers as `at` makes them.
+        w: (pointer, elements between steps of k, elements between panels); the 16 of a panel lie together.
+        c: (pointer, elements between rows); panels lie together.
         shape: rows, panels, steps of k.
         adds: whether to add to what is there.
     """
-    x, at, apart, along = a
-    m, top, down, across = w
-    y, out, below = c
+    x, apart = a
+    m, down, across = w
+    y, below = c
     rows, panels, depth = shape
     row = 0
     while row + _TALL <= rows:
         for p in range(panels):
-            _tall((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
-        row, at, out = row + _TALL, at + _TALL * apart, out + _TALL * below
+            _tall((x, apart), (_step(m, p * across), down, across), (_step(y, p * LANES), below), depth, adds)
+        row, x, y = row + _TALL, _step(x, _TALL * apart), _step(y, _TALL * below)
     while row + _LOW <= rows:
         p = 0
         while p + _WIDE <= panels:
-            _low((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            _low((x, apart), (_step(m, p * across), down, across), (_step(y, p * LANES), below), depth, adds)
             p += _WIDE
         while p < panels:
-            _low_one((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            _low_one((x, apart), (_step(m, p * across), down, across), (_step(y, p * LANES), below), depth, adds)
             p += 1
-        row, at, out = row + _LOW, at + _LOW * apart, out + _LOW * below
+        row, x, y = row + _LOW, _step(x, _LOW * apart), _step(y, _LOW * below)
     while row < rows:
         p = 0
         while p + _LINE <= panels:
-            _line((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            _line((x, apart), (_step(m, p * across), down, across), (_step(y, p * LANES), below), depth, adds)
             p += _LINE
         while p < panels:
-            _one((x, at, apart, along), (m, top + p * across, down, across), (y, out + p * LANES, below), depth, adds)
+            _one((x, apart), (_step(m, p * across), down, across), (_step(y, p * LANES), below), depth, adds)
             p += 1
-        row, at, out = row + 1, at + apart, out + below
+        row, x, y = row + 1, _step(x, apart), _step(y, below)
 
 
 @njit(**_STRICT)
@@ -144,11 +158,16 @@ def product(a, w, c, rows):
     """Compute c = a w^T for some rows.
 
     Args:
-        a: (array, offset of the first row, elements between rows); K elements of a row lie together.
+        a: (pointer to the first row, elements between rows); K elements of a row lie together.
         w: [P, K, 16] packed weight.
-        c: (array, offset of the first row, elements between rows), with room for 16 P elements a row.
+        c: (pointer to the first row, elements between rows), with room for 16 P elements a row.
         rows: how many.
     """
-    x, at, apart = a
     panels, depth, lanes = w.shape
-    multiply((x, at, apart, 1), (w, 0, lanes, depth * lanes), c, (rows, panels, depth), False)
+    multiply(a, (at(w, 0), lanes, depth * lanes), c, (rows, panels, depth), np.bool_(False))
+
+
+@njit(**_STRICT)
+def map_rows(x, w, y, rows):
+    """Compute the first rows of y [B, >= 16 P] from those of x [B, ...], both contiguous: `product` for a call from Python."""
+    product((at(x, 0), x.size // len(x)), w, (at(y, 0), y.shape[1]), rows)

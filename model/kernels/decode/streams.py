@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from model.kernels.decode.arithmetic import FAST, ONE, ZERO, copy, exp_all, inverse_rms, normalise, sigmoid, sigmoid_all
-from model.kernels.decode.products import LANES, product
+from model.kernels.decode.products import LANES, at, product
 
 _TWO = np.float32(2)
 _LOOK, _SETTLED = 8, np.float32(2 * np.finfo(np.float32).eps)
@@ -56,8 +56,7 @@ class Numbers(NamedTuple):
 def enter(streams, mixing, numbers, count):
     """Collapse the streams of the first `count` rows into `x`, `post` and `comb`; see `hyper_connections.op.mix_in`."""
     _, copies, width = streams.now.shape
-    wide, row = copies * width, streams.mix.shape[1]
-    product((streams.now, 0, wide), mixing.fn, (streams.mix, 0, row), count)
+    product((at(streams.now, 0), copies * width), mixing.fn, (at(streams.mix, 0), streams.mix.shape[1]), count)
     for first in range(0, count, LANES):
         lanes = min(LANES, count - first)
         _gather(streams, mixing, numbers, first, lanes)
@@ -184,10 +183,9 @@ def embed(table, tokens, streams):
 def merge(streams, mixing, numbers, count):
     """Collapse the streams after the last block into `x`, normalised; `fn` gives M weights, see `hyper_connections.merge`."""
     _, copies, width = streams.now.shape
-    wide, row = copies * width, streams.mix.shape[1]
-    product((streams.now, 0, wide), mixing.fn, (streams.mix, 0, row), count)
+    product((at(streams.now, 0), copies * width), mixing.fn, (at(streams.mix, 0), streams.mix.shape[1]), count)
     for b in range(count):
-        inverse = inverse_rms(streams.now[b].reshape(wide), numbers.norm_eps)
+        inverse = inverse_rms(streams.now[b].reshape(copies * width), numbers.norm_eps)
         for j in range(copies):
             weight = sigmoid(streams.mix[b, j] * inverse * mixing.scale[0] + mixing.base[j]) + numbers.hc_eps
             _accumulate(streams.x[b], streams.now[b, j], weight, j == 0)
