@@ -1,0 +1,1 @@
+"""The orthogonalisation of Muon's updates."""
