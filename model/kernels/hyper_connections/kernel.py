@@ -25,7 +25,7 @@ def split_rows(fn, parts, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def project(streams, parts, raw, squares, tokens, width, PART: tl.constexpr, SPLIT: tl.constexpr,
+def project(streams, parts, raw, squares, tokens, width, part, SPLIT: tl.constexpr,
             TOKENS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Multiply streams [T, K] by parts^T and sum their squares over the K slice of this program: raw [S, T, 32], squares [S, T]."""
     slice_ = tl.program_id(1)
@@ -35,8 +35,8 @@ def project(streams, parts, raw, squares, tokens, width, PART: tl.constexpr, SPL
     x_at = streams + rows.to(tl.int64)[:, None] * width
     high, low = tl.zeros([TOKENS, ROWS], tl.float32), tl.zeros([TOKENS, ROWS], tl.float32)
     square = tl.zeros([TOKENS], tl.float32)
-    first = slice_ * PART
-    for start in tl.range(first, tl.minimum(first + PART, width), BLOCK, num_stages=STAGES):
+    first = slice_ * part
+    for start in tl.range(first, tl.minimum(first + part, width), BLOCK, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
         x = tl.load(x_at + columns[None, :], seen[:, None] & inside[None, :], 0.0)

@@ -37,10 +37,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 def _segment(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
     """Make some steps from X [B, N, M] on: with P = aI + P', Q' = aQ + P'Q and G' = P P G, in the end X = Q X."""
-    gram, factor = symmetric(x, x), None
+    gram = factor = symmetric(x, x)
     for number, (a, b, c) in enumerate(steps):
         rest = symmetric(gram, gram, add=gram, alpha=c, beta=b)
-        if factor is not None:
+        if number:
             factor = symmetric(rest, factor, add=factor, beta=a)
         else:
             factor = rest.clone()
