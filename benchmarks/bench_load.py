@@ -64,8 +64,8 @@ def write(path: Path, config: ModelConfig) -> int:
         return {name: codes, name.removesuffix(".weight") + family.scale: scales.view(torch.float8_e8m0fnu)}
 
     sizes = [files.Sized(name, writing.stored_bytes(slot, kind(slot))) for name, slot in placed.items()]
-    files.write(path, sizes, make)
-    settings.write_config(path, config, "official", {"fp4", "fp8", "bf16", "fp32"})
+    files.write(path, sizes, make=make)
+    settings.write_config(path, config, layout="official", formats={"fp4", "fp8", "bf16", "fp32"})
     widths = {name: 4 if family.format(name) == "fp32" else 2 for name in state}
     return sum(v.numel() * (widths[n] if v.dtype.is_floating_point else 8) for n, v in state.items())
 

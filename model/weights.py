@@ -37,7 +37,7 @@ def load(path: Path, *, dtype: torch.dtype | None = torch.float32, device: torch
     config = settings.read_config(path)
     settings.check_tokenizer(path, config)
     plan = reading.plan(path, config)
-    return reading.fill(plan, dtype, torch.device(device))
+    return reading.fill(plan, dtype=dtype, device=torch.device(device))
 
 
 def save(model: Transformer, path: Path, *, layout: str = "native", precision: str | None = None, companions: Path | None = None) -> None:
@@ -56,8 +56,8 @@ def save(model: Transformer, path: Path, *, layout: str = "native", precision: s
         OSError: the disk is full or broken; nothing is written.
     """
     with files.staged(Path(path)) as directory:
-        stored = writing.write_tensors(model, directory, layout, precision)
-        settings.write_config(directory, model.config, layout, stored)
+        stored = writing.write_tensors(model, directory, layout=layout, precision=precision)
+        settings.write_config(directory, model.config, layout=layout, formats=stored)
         if companions is not None:
             settings.copy_companions(Path(companions), directory)
     logger.info("%s: written in the %s layout (%s)", path, layout, ", ".join(sorted(stored)))

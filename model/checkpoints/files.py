@@ -136,7 +136,7 @@ class Sized(NamedTuple):
     bytes: int
 
 
-def write(path: Path, sizes: Iterable[Sized], make: Callable[[str], dict[str, Tensor]]) -> None:
+def write(path: Path, sizes: Iterable[Sized], *, make: Callable[[str], dict[str, Tensor]]) -> None:
     """Write tensors as shards of at most `SHARD_BYTES` and their index, or as one file where one is enough.
 
     Args:

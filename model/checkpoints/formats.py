@@ -45,7 +45,7 @@ def scale_name(name: str, entries: Mapping[str, Entry]) -> str | None:
     return next((stem + ending for ending in SCALES if stem + ending in entries), None)
 
 
-def problems(name: str, slot: Slot, entries: Mapping[str, Entry], *, integer: bool) -> list[str]:
+def problems(name: str, slot: Slot, *, entries: Mapping[str, Entry], integer: bool) -> list[str]:
     """List what is wrong with the stored tensor `name`, as `name: got, expected`; its numbers aside.
 
     Args:
@@ -88,7 +88,7 @@ def nan_scales(scales: Tensor) -> int:
     return int((~(scales.isfinite() & (scales > 0))).sum())
 
 
-def decode(stored: Tensor, how: Stored, dtype: torch.dtype) -> Tensor:
+def decode(stored: Tensor, how: Stored, *, dtype: torch.dtype) -> Tensor:
     """Return the values of a stored tensor; those of a quantised one in `dtype`."""
     if how.scales is None:
         return stored
@@ -98,7 +98,7 @@ def decode(stored: Tensor, how: Stored, dtype: torch.dtype) -> Tensor:
     return dequantize_mxfp4(stored.view(torch.int8), scales, dtype=dtype)
 
 
-def encode(values: Tensor, kind: str, kept: Stored | None) -> tuple[Tensor, Tensor | None]:
+def encode(values: Tensor, kind: str, *, kept: Stored | None) -> tuple[Tensor, Tensor | None]:
     """Store values in a format.
 
     Args:
@@ -127,7 +127,7 @@ def _again(values: Tensor, kept: Stored) -> Tensor | None:
         stored, _ = quantize_fp8(values, scales=scales) if kept.format == "fp8" else quantize_mxfp4(values, scales=scales)
     except ValueError:  # trained beyond what the old scales can hold
         return None
-    return stored if torch.equal(decode(stored, kept, torch.float32), values.float()) else None
+    return stored if torch.equal(decode(stored, kept, dtype=torch.float32), values.float()) else None
 
 
 def powers_of_two(scales: Tensor) -> Tensor | None:

@@ -63,13 +63,13 @@ def plan(path: Path, config: AnyConfig) -> Plan:
         expected = slots(layout, _shapes(shell))
     entries = {name: entry for name, entry in entries.items() if not _skipped(family, config, name)}
     integers = {name for name, value in shell.state_dict().items() if not value.dtype.is_floating_point}
-    _refuse(path, _misfits(path, expected, entries, integers))
+    _refuse(path, _missing(path, expected, entries) + _misfits(expected, entries, integers))
     stored, problems = _read_scales(expected, entries)
     _refuse(path, problems + _wrong_tables(config, expected, entries))
     return Plan(entries, expected, stored, shell, layout.name == "official")
 
 
-def fill(plan: Plan, dtype: torch.dtype | None, device: torch.device) -> Transformer:
+def fill(plan: Plan, *, dtype: torch.dtype | None, device: torch.device) -> Transformer:
     """Allocate the model and read it.
 
     Args:
@@ -109,7 +109,7 @@ def _decoded(stored: Tensor, how: Stored, dtype: torch.dtype) -> Iterator[tuple[
     scale_rows = height // WEIGHT_BLOCK[0] if how.format == "fp8" else height
     for number, start in enumerate(range(0, stored.shape[0], height)):
         scales = how.scales[number * scale_rows : (number + 1) * scale_rows] if height < stored.shape[0] else how.scales
-        yield start, decode(stored[start : start + height], Stored(how.format, scales), dtype)
+        yield start, decode(stored[start : start + height], Stored(how.format, scales), dtype=dtype)
 
 
 def _narrowest(plan: Plan, family: Family) -> torch.dtype:
@@ -165,13 +165,16 @@ def _skipped(family: Family, config: AnyConfig, name: str) -> bool:
     return match is not None and int(match[1]) >= config.num_hidden_layers
 
 
-def _misfits(path: Path, expected: Mapping[str, Slot], entries: Mapping[str, Entry], integers: set[str]) -> list[str]:
-    found = [f"{path}: missing {name}, expected {list(slot.shape)}" for name, slot in expected.items() if name not in entries]
-    used = set(expected)
+def _missing(path: Path, expected: Mapping[str, Slot], entries: Mapping[str, Entry]) -> list[str]:
+    return [f"{path}: missing {name}, expected {list(slot.shape)}" for name, slot in expected.items() if name not in entries]
+
+
+def _misfits(expected: Mapping[str, Slot], entries: Mapping[str, Entry], integers: set[str]) -> list[str]:
+    found, used = [], set(expected)
     for name, slot in expected.items():
         if name not in entries:
             continue
-        wrong = formats.problems(name, slot, entries, integer=slot.parts[0].target in integers)
+        wrong = formats.problems(name, slot, entries=entries, integer=slot.parts[0].target in integers)
         found += [f"{entries[name].file}: {line}" for line in wrong]
         if scales := scale_name(name, entries):
             used.add(scales)

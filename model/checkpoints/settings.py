@@ -51,7 +51,7 @@ def read_config(path: Path) -> AnyConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def write_config(path: Path, config: AnyConfig, layout: str, formats: set[str]) -> None:
+def write_config(path: Path, config: AnyConfig, *, layout: str, formats: set[str]) -> None:
     """Write the `config.json` of a checkpoint in the directory `path`.
 
     Args:

@@ -9,17 +9,19 @@ from torch import Tensor
 
 from model.checkpoints import formats
 from model.checkpoints.files import Sized, write
-from model.checkpoints.formats import Kept, encode, part_key, scale_shape, stored_shape
-from model.checkpoints.layouts import FAMILIES, WRITTEN, Family, Slot, slots
+from model.checkpoints.formats import Stored, encode, part_key, scale_shape, stored_shape
+from model.checkpoints.layouts import FAMILIES, WRITTEN, Slot, slots
 from model.transformer import Transformer
 
 PRECISIONS = ("fp4", "fp8", "bf16", "fp32")
 """Of the routed experts; other matrices are FP8 where these are FP4 or FP8."""
 
+AS_IT_IS = "as it is"
+
 _BYTES = {"int": 8, "fp32": 4, "bf16": 2, "fp8": 1, "fp4": 1}
 
 
-def write_tensors(model: Transformer, path: Path, layout: str, precision: str | None) -> set[str]:
+def write_tensors(model: Transformer, path: Path, *, layout: str, precision: str | None) -> set[str]:
     """Write the tensors of a model into the existing directory `path`; see `model.weights.save`.
 
     Returns:
@@ -33,27 +35,33 @@ def write_tensors(model: Transformer, path: Path, layout: str, precision: str | 
     state = {name: value.detach() for name, value in model.state_dict().items()}
     placed = slots(family.layouts[layout], {name: tuple(value.shape) for name, value in state.items()})
     kept = formats.LOADED.get(model, {})
-    chosen = {name: _format(family, slot, state[slot.parts[0].target], kept, layout, precision) for name, slot in placed.items()}
-    odd = [name for name, kind in chosen.items() if kind == "fp4" and placed[name].shape[-1] % 2]
-    if odd:
-        raise ValueError(f"{odd[0]}: got {list(placed[odd[0]].shape)}, expected an even width for precision 'fp4'; choose 'fp8' or 'bf16'")
+
+    def choose(slot: Slot) -> str:
+        part = slot.parts[0]
+        if not state[part.target].dtype.is_floating_point:
+            return AS_IT_IS
+        usual, before = family.format(part.target), kept.get(part_key(part))
+        return _format(usual, before, layout=layout, precision=precision, expert=part.expert is not None)
+
+    chosen = {name: choose(slot) for name, slot in placed.items()}
+    _refuse_odd({name: slot for name, slot in placed.items() if chosen[name] == "fp4"})
 
     def make(name: str) -> dict[str, Tensor]:
         part = placed[name].parts[0]
         values = state[part.target] if part.expert is None else state[part.target][part.expert]
-        if chosen[name] == "as it is":
+        if chosen[name] == AS_IT_IS:
             return {name: values.to("cpu").contiguous()}
-        stored, scales = encode(values, chosen[name], kept.get(part_key(part)))
+        stored, scales = encode(values, chosen[name], kept=kept.get(part_key(part)))
         made = {name: stored.to("cpu").contiguous()}
         if scales is not None:
             dtype = torch.float32 if family.scale == ".weight_scale_inv" else torch.float8_e8m0fnu
             made[name.removesuffix(".weight") + family.scale] = scales.to("cpu").to(dtype)
         return made
 
-    write(path, [Sized(name, _bytes(slot, chosen[name], state)) for name, slot in placed.items()], make)
+    write(path, [Sized(name, _bytes(slot, chosen[name], state)) for name, slot in placed.items()], make=make)
     floating = {name for name, slot in placed.items() if state[slot.parts[0].target].dtype.is_floating_point}
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    return {names.get(state[placed[n].parts[0].target].dtype, "bf16") if chosen[n] == "as it is" else chosen[n] for n in floating}
+    return {names.get(state[placed[n].parts[0].target].dtype, "bf16") if chosen[n] == AS_IT_IS else chosen[n] for n in floating}
 
 
 def _check(layout: str, precision: str | None) -> None:
@@ -64,19 +72,24 @@ def _check(layout: str, precision: str | None) -> None:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(valid)} for the {layout} layout")
 
 
-def _format(family: Family, slot: Slot, values: Tensor, kept: Kept, layout: str, precision: str | None) -> str:
-    """Choose how a tensor is stored: `as it is`, or one of `PRECISIONS`."""
-    if not values.dtype.is_floating_point or (precision is None and layout != "official"):
-        return "as it is"
-    usual = family.format(slot.parts[0].target)
+def _refuse_odd(packed: dict[str, Slot]) -> None:
+    """Refuse what cannot lie two to a byte."""
+    for name, slot in packed.items():
+        if slot.shape[-1] % 2:
+            raise ValueError(f"{name}: got {list(slot.shape)}, expected an even width for precision 'fp4'; choose 'fp8' or 'bf16'")
+
+
+def _format(usual: str, before: Stored | None, *, layout: str, precision: str | None, expert: bool) -> str:
+    """Choose how a tensor is stored: `AS_IT_IS`, or one of `PRECISIONS`; `usual` is the release's choice, `before` how it was loaded."""
+    if precision is None and layout != "official":
+        return AS_IT_IS
     if precision is None:
-        before = kept.get(part_key(slot.parts[0]))
         return before.format if before is not None and before.format in PRECISIONS else usual
     if precision == "fp32" or usual == "fp32":
         return "fp32"
     if precision == "bf16" or usual == "bf16":
         return "bf16"
-    return precision if slot.parts[0].expert is not None else "fp8"
+    return precision if expert else "fp8"
 
 
 def stored_bytes(slot: Slot, kind: str) -> int:
@@ -86,6 +99,6 @@ def stored_bytes(slot: Slot, kind: str) -> int:
 
 
 def _bytes(slot: Slot, kind: str, state: dict[str, Tensor]) -> int:
-    if kind == "as it is":
+    if kind == AS_IT_IS:
         return torch.Size(slot.shape).numel() * state[slot.parts[0].target].element_size()
     return stored_bytes(slot, kind)
