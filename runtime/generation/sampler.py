@@ -47,5 +47,5 @@ def _choose_compiled(logits: Tensor, draws: Tensor | None, temperature: float) -
     room = np.empty(words, np.float32), np.empty(-(-words // sampling.BLOCK))
     out = np.empty(rows, np.int64), np.empty(rows, np.float32)
     wanted = np.empty(0, np.float32) if draws is None else draws.float().numpy()
-    sampling.choose(np.ascontiguousarray(logits.numpy()), wanted, np.float32(temperature), room, out)
+    sampling.choose(np.ascontiguousarray(logits.detach().numpy()), wanted, np.float32(temperature), room, out)
     return torch.from_numpy(out[0]), torch.from_numpy(out[1])

@@ -6,13 +6,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-FAST: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True, "fastmath": {"reassoc", "contract", "nsz"}, "_nrt": False}
-"""Sums may be reordered into vectors; infinities and NaNs keep their meaning. Without numba's run time nothing is allocated, and no view of
-a row is counted, which took a seventh of a step."""
-_EXACT = FAST | {"fastmath": {"contract"}}
+from model.kernels.decode.compiled import compiled
 
 ONE, ZERO = np.float32(1), np.float32(0)
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -43,7 +40,7 @@ float_of: Any = intrinsic(_float_of)
 bits_of: Any = intrinsic(_bits_of)
 
 
-@njit(**_EXACT)
+@compiled(exactly=True)
 def exp(x):
     """Compute e^x in fp32 to two units in the last place; 0 below -87.3, e^88 above 88."""
     bounded = _HIGHEST if x > _HIGHEST else x
@@ -55,34 +52,34 @@ def exp(x):
     return ZERO if x < _LOWEST else result
 
 
-@njit(**FAST)
+@compiled()
 def sigmoid(x):
     """Compute 1 / (1 + e^-x) in fp32."""
     return ONE / (ONE + exp(-x))
 
 
-@njit(**FAST)
+@compiled()
 def copy(x, out):
     """Copy a row."""
     for i in range(len(x)):
         out[i] = x[i]
 
 
-@njit(**FAST)
+@compiled()
 def exp_all(x):
     """Replace the numbers of a flat array by their exponentials, in a loop long enough to become vector instructions."""
     for i in range(len(x)):
         x[i] = exp(x[i])
 
 
-@njit(**FAST)
+@compiled()
 def sigmoid_all(x):
     """Replace the numbers of a flat array by their sigmoids."""
     for i in range(len(x)):
         x[i] = sigmoid(x[i])
 
 
-@njit(**FAST)
+@compiled()
 def inverse_rms(x, eps):
     """Compute 1 / sqrt(mean(x^2) + eps) of a row."""
     total = ZERO
@@ -91,7 +88,7 @@ def inverse_rms(x, eps):
     return ONE / np.sqrt(total / np.float32(len(x)) + eps)
 
 
-@njit(**FAST)
+@compiled()
 def normalise(x, weight, eps, out):
     """Divide a row by its root mean square and scale it; `out` may be `x`."""
     inverse = inverse_rms(x, eps)
@@ -99,7 +96,7 @@ def normalise(x, weight, eps, out):
         out[i] = x[i] * inverse * weight[i]
 
 
-@njit(**FAST)
+@compiled()
 def rotate(x, turns, sign):
     """Rotate the last pairs of a row in place.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from model.cache import FRONT
-from model.kernels.decode.arithmetic import FAST, ONE, ZERO, bits_of, copy, exp, inverse_rms, normalise, rotate
+from model.kernels.decode.arithmetic import ONE, ZERO, bits_of, copy, exp, inverse_rms, normalise, rotate
+from model.kernels.decode.compiled import compiled
 from model.kernels.decode.products import LANES, at, multiply, product
 
 _NONE = np.float32(-np.inf)
@@ -77,7 +77,7 @@ class Compression(NamedTuple):
     entries_at: int
 
 
-@njit(**FAST)
+@compiled()
 def project(x, weights, buffers, eps, count):
     """Project the first `count` rows of `x` [B, D]: everything that reads the input, the query latent, the queries."""
     wide, latent, q, rank = buffers.wide, buffers.latent, buffers.q, len(weights.q_norm)
@@ -87,7 +87,7 @@ def project(x, weights, buffers, eps, count):
     product((at(latent, 0), rank), weights.wq_b, (at(q, 0), q.shape[1]), count)
 
 
-@njit(**FAST)
+@compiled()
 def put_window(weights, buffers, keys, rows, around):
     """Normalise and rotate the window key of each row and put it in the ring; `around` = (turns, window, eps)."""
     turns, window, eps = around
@@ -99,7 +99,7 @@ def put_window(weights, buffers, keys, rows, around):
         rotate(key, turns[position], ONE)
 
 
-@njit(**FAST)
+@compiled()
 def compress(how, buffers, state, rows, around):
     """Take one token a row into the rolling state, and emit the entries of blocks that it completes.
 
@@ -129,7 +129,7 @@ def compress(how, buffers, state, rows, around):
             rotate(entry, turns[position + 1 - ratio], ONE)
 
 
-@njit(**FAST)
+@compiled()
 def _pool(ring, ratio, buffers, entry):
     """Weigh the tokens of a ring by the softmax of their gates, channel by channel.
 
@@ -156,7 +156,7 @@ def _pool(ring, ratio, buffers, entry):
         entry[c] /= total[c]
 
 
-@njit(**FAST)
+@compiled()
 def _transpose(q, flat, head, scale):
     """Scale up to 16 heads of `q` [H, K] from `head` on and lay them out as [K, 16], zeros after the last."""
     heads, width = min(LANES, len(q) - head), q.shape[1]
@@ -166,7 +166,7 @@ def _transpose(q, flat, head, scale):
     return heads
 
 
-@njit(**FAST)
+@compiled()
 def attend(buffers, keys, sink, rows, around):
     """Attend from every row to its window, its compressed entries and the sink, and rotate the output back.
 
@@ -203,7 +203,7 @@ def attend(buffers, keys, sink, rows, around):
             rotate(o[h], turns[position], -ONE)
 
 
-@njit(**FAST)
+@compiled()
 def _attend_heads(buffers, close, distant, heads_of, head):
     """Attend from up to 16 heads of one row: scores [keys, 16], softmax over keys and sink, weighted sums of the keys."""
     (own, near), (far, begin, entries), (q, o, sink, scale) = close, distant, heads_of
@@ -223,7 +223,7 @@ def _attend_heads(buffers, close, distant, heads_of, head):
             o[head + h, k] *= inverse
 
 
-@njit(**FAST)
+@compiled()
 def _scores(keys, count, buffers, width, row):
     """Multiply `count` keys of some width by the queries in `flat` into the rows of `scores` from `row` on."""
     one, lanes = np.int64(1), np.int64(LANES)
@@ -231,7 +231,7 @@ def _scores(keys, count, buffers, width, row):
     multiply((keys, width), queries, out, (count, one, width), np.bool_(False))
 
 
-@njit(**FAST)
+@compiled()
 def _softmax(buffers, sink, count):
     """Exponentiate the first `count` rows of `scores` [keys, 16] into `weights` [16, keys], the sink's share in `totals` only."""
     scores, weights, totals, highest = buffers.scores, buffers.weights, buffers.totals, buffers.highest
@@ -253,7 +253,7 @@ def _softmax(buffers, sink, count):
         totals[h] = total + exp(sink[h] - top)
 
 
-@njit(**FAST)
+@compiled()
 def _index_scores(buffers, index_keys, which, turns):
     """Score the entries of one row: sum_h w_h ReLU(q_h . k_s), into `found`; the common positive factor of w is left out."""
     b, entries, weights_at, heads = which
@@ -272,7 +272,7 @@ def _index_scores(buffers, index_keys, which, turns):
             found[s] += total
 
 
-@njit(**FAST)
+@compiled()
 def _pick(buffers, entries, count, topk):
     """Copy the `topk` entries of the highest scores into `picked`, in their order, ties to the lower number.
 
@@ -303,7 +303,7 @@ def _pick(buffers, entries, count, topk):
             taken += 1
 
 
-@njit(**FAST)
+@compiled()
 def output(weights, buffers, count):
     """Project `o` to `out` through the grouped and the last matrix, the first `count` rows."""
     o, low, out = buffers.o, buffers.low, buffers.out

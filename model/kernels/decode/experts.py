@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from model.kernels.decode.arithmetic import FAST, ZERO, copy, exp, sigmoid
+from model.kernels.decode.arithmetic import ZERO, copy, exp, sigmoid
+from model.kernels.decode.compiled import compiled
 from model.kernels.decode.products import at, product
 
 _TWENTY, _TINY = np.float32(20), np.float32(1e-20)
@@ -48,7 +48,7 @@ class ExpertBuffers(NamedTuple):
     y: Any
 
 
-@njit(**FAST)
+@compiled()
 def moe(x, weights, buffers, rows, how):
     """Pass `x` [B, D] through its experts; the result is in `out`.
 
@@ -79,7 +79,7 @@ def moe(x, weights, buffers, rows, how):
         _sum(own, out[b, : x.shape[1]], b, own.ends[len(weights.w2) - 1] + b)
 
 
-@njit(**FAST)
+@compiled()
 def _route(buffers, weights, b, token):
     """Choose the experts of one row, the highest sqrt(softplus) + bias, ties to the lower; their scores are the shares."""
     scores, chosen, shares = buffers.scores[b], buffers.chosen[b], buffers.shares[b]
@@ -101,7 +101,7 @@ def _route(buffers, weights, b, token):
         chosen[a], shares[a] = best, scores[best]
 
 
-@njit(**FAST)
+@compiled()
 def _group(x, buffers, experts, count):
     """Lay the rows out by expert, then all once more for the shared one."""
     chosen, ends = buffers.chosen, buffers.ends
@@ -122,7 +122,7 @@ def _group(x, buffers, experts, count):
     ends[experts + 1] = count * (active + 1)
 
 
-@njit(**FAST)
+@compiled()
 def _expert(w13, w2, buffers, span, limit):
     """Pass one expert's rows: w2 (silu(min(w1 x, l)) * clamp(w3 x, -l, l))."""
     first, size = span
@@ -134,7 +134,7 @@ def _expert(w13, w2, buffers, span, limit):
     product((at(inner, first * width), width), w2, (at(y, first * y.shape[1]), y.shape[1]), size)
 
 
-@njit(**FAST)
+@compiled()
 def _activate(both, result, limit):
     """Clamp and gate one row: silu(min(gate, l)) * clamp(up, -l, l), the gates before the ups."""
     width = len(result)
@@ -145,7 +145,7 @@ def _activate(both, result, limit):
         result[f] = gate * sigmoid(gate) * up
 
 
-@njit(**FAST)
+@compiled()
 def _sum(buffers, out, b, shared):
     """Add up one row's experts by their shares, and the shared one."""
     for d in range(len(out)):

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from model.kernels.decode.compiled import compiled
+
 LANES = 16
 """Outputs of a panel: one AVX-512 register of fp32, two of AVX2."""
-_STRICT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True, "_nrt": False}
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _INT = ir.IntType(64)
 
@@ -113,7 +114,7 @@ panel, low ones for the rows that are left, lines for the last. A sum waits for 
 _tall, _low, _low_one, _line, _one = _tile(_TALL, 1), _tile(_LOW, _WIDE), _tile(_LOW, 1), _tile(1, _LINE), _tile(1, 1)
 
 
-@njit(**_STRICT)
+@compiled(exactly=True)
 def multiply(a, w, c, shape, adds):
     """Compute c[r, p] = (c[r, p] if adds else 0) + sum_k a[r, k] w[k, p] for rows r and panels p of 16 outputs.
 
@@ -153,7 +154,7 @@ def multiply(a, w, c, shape, adds):
         row, x, y = row + 1, _step(x, apart), _step(y, below)
 
 
-@njit(**_STRICT)
+@compiled(exactly=True)
 def product(a, w, c, rows):
     """Compute c = a w^T for some rows.
 
@@ -167,7 +168,7 @@ def product(a, w, c, rows):
     multiply(a, (at(w, 0), lanes, depth * lanes), c, (rows, panels, depth), np.bool_(False))
 
 
-@njit(**_STRICT)
+@compiled(exactly=True)
 def map_rows(x, w, y, rows):
     """Compute the first rows of y [B, >= 16 P] from those of x [B, ...], both contiguous: `product` for a call from Python."""
     product((at(x, 0), x.size // len(x)), w, (at(y, 0), y.shape[1]), rows)

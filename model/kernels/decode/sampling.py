@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from model.kernels.decode.arithmetic import FAST, ZERO, exp_all
+from model.kernels.decode.arithmetic import ZERO, exp_all
+from model.kernels.decode.compiled import compiled
 
 BLOCK = 128
 """Probabilities summed at a time, so that a draw is found in a block first."""
 
 
-@njit(**FAST)
+@compiled()
 def choose(logits, draws, temperature, room, out):
     """Choose one token a row, by a draw or the most likely one.
 
@@ -45,7 +45,7 @@ def choose(logits, draws, temperature, room, out):
         logprobs[b] = np.float32(row[token] / temperature - highest - np.float32(np.log(total)))
 
 
-@njit(**FAST)
+@compiled()
 def _block_sums(weights, sums):
     """Sum blocks of weights, and return the sum of them all."""
     total = np.float64(0)
@@ -58,7 +58,7 @@ def _block_sums(weights, sums):
     return total
 
 
-@njit(**FAST)
+@compiled()
 def _find(weights, sums, target):
     """Return the first token up to which, itself included, the weights exceed `target`, else the last one of any weight."""
     block, before = 0, 0.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from model.kernels.decode.arithmetic import FAST, ONE, ZERO, copy, exp_all, inverse_rms, normalise, sigmoid, sigmoid_all
+from model.kernels.decode.arithmetic import ONE, ZERO, copy, exp_all, inverse_rms, normalise, sigmoid, sigmoid_all
+from model.kernels.decode.compiled import compiled
 from model.kernels.decode.products import LANES, at, product
 
 _TWO = np.float32(2)
@@ -52,7 +52,7 @@ class Numbers(NamedTuple):
     norm_eps: Any
 
 
-@njit(**FAST)
+@compiled()
 def enter(streams, mixing, numbers, count):
     """Collapse the streams of the first `count` rows into `x`, `post` and `comb`; see `hyper_connections.op.mix_in`."""
     _, copies, width = streams.now.shape
@@ -65,7 +65,7 @@ def enter(streams, mixing, numbers, count):
         _scatter(streams, numbers, mixing.norm, first, lanes)
 
 
-@njit(**FAST)
+@compiled()
 def _gather(streams, mixing, numbers, first, lanes):
     """Scale and shift the mixes of up to 16 rows into columns."""
     _, copies, width = streams.now.shape
@@ -78,7 +78,7 @@ def _gather(streams, mixing, numbers, first, lanes):
             streams.lanes[i, lane] = mix[i] * inverse * scale[part] + base[i]
 
 
-@njit(**FAST)
+@compiled()
 def _doubly_stochastic(lanes, copies, numbers):
     """Turn rows 2M .. 2M + M^2 of `lanes` into Sinkhorn's matrices, j first; the last M rows are for sums."""
     begin, sums = 2 * copies, lanes[2 * copies + copies * copies :]
@@ -107,7 +107,7 @@ def _doubly_stochastic(lanes, copies, numbers):
             break
 
 
-@njit(**FAST)
+@compiled()
 def _settled(inverse, copies):
     """Tell whether the last step divided by 1, to two units in the last place, so that the rest would change nothing."""
     furthest = ZERO
@@ -117,7 +117,7 @@ def _settled(inverse, copies):
     return furthest < _SETTLED
 
 
-@njit(**FAST)
+@compiled()
 def _divide_by_sums(matrix, line, total, eps):
     """Divide the rows first, first + step, ... of `matrix` by their sum + eps, column by column; line = (first, count, step)."""
     first, count, step = line
@@ -133,7 +133,7 @@ def _divide_by_sums(matrix, line, total, eps):
             matrix[first + j * step, l] *= total[l]
 
 
-@njit(**FAST)
+@compiled()
 def _scatter(streams, numbers, norm, first, lanes):
     """Write `post` and `comb` of up to 16 rows, sum their streams and normalise the sum."""
     copies = streams.now.shape[1]
@@ -149,7 +149,7 @@ def _scatter(streams, numbers, norm, first, lanes):
         normalise(x, norm, numbers.norm_eps, x)
 
 
-@njit(**FAST)
+@compiled()
 def _accumulate(total, x, weight, anew):
     if anew:
         for d in range(len(total)):
@@ -159,7 +159,7 @@ def _accumulate(total, x, weight, anew):
             total[d] += weight * x[d]
 
 
-@njit(**FAST)
+@compiled()
 def leave(streams, output, count):
     """Put a sub-layer's output [B, >= D] into the streams, from `now` to `then`; see `hyper_connections.op.mix_out`."""
     _, copies, width = streams.now.shape
@@ -171,7 +171,7 @@ def leave(streams, output, count):
                 _accumulate(then, streams.now[b, j], streams.comb[b, j, k], False)
 
 
-@njit(**FAST)
+@compiled()
 def embed(table, tokens, streams):
     """Repeat the embedding [V, D] of each token on every stream."""
     for b in range(len(tokens)):
@@ -179,7 +179,7 @@ def embed(table, tokens, streams):
             copy(table[tokens[b]], streams.now[b, k])
 
 
-@njit(**FAST)
+@compiled()
 def merge(streams, mixing, numbers, count):
     """Collapse the streams after the last block into `x`, normalised; `fn` gives M weights, see `hyper_connections.merge`."""
     _, copies, width = streams.now.shape
