@@ -98,8 +98,7 @@ def read(entries: Mapping[str, Entry], names: Iterable[str], *, whole: Callable[
     by_file: dict[Path, set[str]] = {}
     for name in names:
         by_file.setdefault(entries[name].file, set()).add(name)
-    for number, (file, wanted) in enumerate(sorted(by_file.items()), 1):
-        logger.info("reading %s (%d of %d)", file.name, number, len(by_file))
+    for file, wanted in sorted(by_file.items()):
         with safe_open(file, framework="pt") as opened:
             order = [name for name in opened.offset_keys() if name in wanted]
         for window in _windows(entries, order, whole):
@@ -155,6 +154,7 @@ def write(path: Path, sizes: Iterable[Sized], *, make: Callable[[str], dict[str,
         file = TENSORS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: value for size in shard for name, value in make(size.name).items()}
         save_file(tensors, path / file, {"format": "pt"})
+        (path / file).chmod(path.stat().st_mode & 0o666)  # it would be ours alone to read
         logger.info("%s written (%d of %d)", file, number, len(shards))
         placed |= dict.fromkeys(tensors, file)
         total += sum(value.numel() * value.element_size() for value in tensors.values())

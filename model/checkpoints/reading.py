@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from model.checkpoints.layouts import FAMILIES, Family, Slot, detect, slots
 from model.config import AnyConfig, ModelConfig
 from model.quant.fp8 import WEIGHT_BLOCK
 from model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 MOST_PROBLEMS = 50
 """Lines of a message; the rest is counted."""
@@ -80,11 +83,15 @@ def fill(plan: Plan, *, dtype: torch.dtype | None, device: torch.device) -> Tran
     model, family = plan.shell, FAMILIES[plan.shell.config.model_type]
     dtype = dtype or _narrowest(plan, family)
     state: dict[str, Tensor] = {}
+    opened: list[Path] = []
     for name, shape in model.state_dict().items():
         own = shape.dtype if not shape.dtype.is_floating_point else torch.float32 if family.format(name) == "fp32" else dtype
         state[name] = torch.empty(shape.shape, dtype=own, device=device)
     for name, first, rows in read(plan.entries, plan.slots, whole=lambda name: plan.stored[name].scales is not None):
         slot, how = plan.slots[name], plan.stored[name]
+        if (file := plan.entries[name].file) not in opened:
+            opened.append(file)
+            logger.info("reading %s (%d of %d)", file.name, len(opened), len({entry.file for entry in plan.entries.values()}))
         for start, values in _decoded(rows.to(device) if how.scales is not None else rows, how, dtype):
             for part in slot.parts:
                 target = state[part.target] if part.expert is None else state[part.target][part.expert]

@@ -71,6 +71,7 @@ def test_a_runs_student_comes_out_as_the_release_is(outputs: Path, tmp_path: Pat
     )
     assert Tokenizer.load(tmp_path / "a").digest() == Tokenizer.load(outputs / "artifacts" / "distill-key").digest()
     assert "official layout" in capsys.readouterr().out
+    assert {file.stat().st_mode for file in (tmp_path / "a").iterdir()} == {(tmp_path / "a" / weights.CONFIG).stat().st_mode}
 
 
 def test_a_step_comes_out_for_transformers(outputs: Path, tmp_path: Path) -> None:
