@@ -18,6 +18,7 @@ PRECISIONS = ("fp4", "fp8", "bf16", "fp32")
 
 AS_IT_IS = "as it is"
 
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _BYTES = {"int": 8, "fp32": 4, "bf16": 2, "fp8": 1, "fp4": 1}
 
 
@@ -59,9 +60,8 @@ def write_tensors(model: Transformer, path: Path, *, layout: str, precision: str
         return made
 
     write(path, [Sized(name, _bytes(slot, chosen[name], state)) for name, slot in placed.items()], make=make)
-    floating = {name for name, slot in placed.items() if state[slot.parts[0].target].dtype.is_floating_point}
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    return {names.get(state[placed[n].parts[0].target].dtype, "bf16") if chosen[n] == AS_IT_IS else chosen[n] for n in floating}
+    dtypes = {name: state[slot.parts[0].target].dtype for name, slot in placed.items()}
+    return {_NAMES.get(dtypes[name], "") if kind == AS_IT_IS else kind for name, kind in chosen.items()} - {""}
 
 
 def _check(layout: str, precision: str | None) -> None:
