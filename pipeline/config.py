@@ -13,7 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from distill.config import DistillConfig
 from domains.config import DomainConfig, SandboxConfig
 from experts.config import SupervisedConfig
-from model.config import AnyConfig, ArchitectureConfig, ModelConfig, V32Config, load_config, parse_config
+from model.checkpoints.settings import check_tokenizer, read_config
+from model.config import AnyConfig, ArchitectureConfig, ModelConfig, V32Config, parse_config
 from pipeline.errors import UsageError, choose, unknown_key
 from rl.config import GrpoConfig
 from runtime.config import ClusterConfig, EngineConfig, EvaluationConfig, SamplingConfig, TrackingConfig
@@ -148,7 +149,7 @@ def _model_problems(model: V4Model | V32Model) -> list[str]:
     ]
     if not found:
         try:
-            load_config(Path(model.path) / "config.json")
+            check_tokenizer(Path(model.path), read_config(Path(model.path)))
         except ValueError as error:
             found.append(f"model.path: {error}")
     return found
