@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from model.kernels.choice import implementation_for
 from model.kernels.sparse_attention.blocked import BlockedAttention
+from model.kernels.sparse_attention.fused import FusedAttention
 from model.layout import PackedRow
 
 
@@ -40,4 +42,5 @@ def sparse_attention(
         expected["ckv"], got["ckv"] = (len(row.entries[ratio].first), q.shape[2]), tuple(ckv.shape)
     if got != expected:
         raise ValueError(f"sparse_attention: got shapes {got}, expected {expected}")
-    return BlockedAttention.apply(q, kv, ckv, sink, indices, row, ratio if ckv is not None else 0)
+    attention = FusedAttention if implementation_for(q) == "triton" else BlockedAttention
+    return attention.apply(q, kv, ckv, sink, indices, row, ratio if ckv is not None else 0)
