@@ -309,7 +309,8 @@ def parse_config(values: dict[str, Any]) -> AnyConfig:
         raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(map(repr, ARCHITECTURES))}")
     config: AnyConfig = ARCHITECTURES[kind].from_dict(values)
     found = config.problems()
-    found += [f"{name}: got {values[name]!r}, expected {v!r}" for name, v in _FIXED.items() if values.get(name, v) != v]
+    fixed = _FIXED | ({"num_key_value_heads": 1} if config.model_type == ModelConfig.model_type else {})
+    found += [f"{name}: got {values[name]!r}, expected {v!r}" for name, v in fixed.items() if values.get(name, v) != v]
     if found:
         raise ValueError("; ".join(found))
     return config

@@ -89,6 +89,7 @@ def test_the_score_temperature_of_the_release() -> None:
         (V4, "rope_scaling", {"type": "linear"}, "rope_scaling.type: got 'linear', expected 'yarn'"),
         (V4, "rope_scaling", {"factor": None}, "rope_scaling.factor: got None, expected a number"),
         (V4, "eos_token_id", 129280, "expected 0 to below vocab_size = 129280"),
+        (V4, "num_key_value_heads", 8, "got 8, expected 1"),
         (V4, "hidden_act", "gelu", "got 'gelu', expected 'silu'"),
         (V4, "tie_word_embeddings", True, "got True, expected False"),
         (V4, "model_type", "llama", "got 'llama', expected 'deepseek_v4' or 'deepseek_v32'"),
