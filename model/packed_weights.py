@@ -110,8 +110,7 @@ def _experts(moe: MoE) -> ExpertWeights:
     routed, shared, gate = moe.experts, moe.shared_experts, moe.gate
     count, active = len(gate.weight), gate.active
     w1, w2, w3 = (
-        np.concatenate([_view(stack), _view(one.weight)[None]])
-        for stack, one in zip(routed.matrices(), (shared.w1, shared.w2, shared.w3))
+        np.concatenate([_view(stack), _view(one.weight)[None]]) for stack, one in zip(routed.matrices(), (shared.w1, shared.w2, shared.w3))
     )
     return ExpertWeights(
         gate=_packed(gate.weight),

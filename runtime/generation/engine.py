@@ -6,6 +6,7 @@ the other rows) or sampling. A row that ends its turn is parsed and shown to its
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from domains.config import SandboxConfig
 from domains.types import Domain, Environment, Prompt, Sample
 from model import drafting
 from model.cache import Cache
-from model.decoding import Decoder, decoder_for
+from model.decoding import Decoder, decoder_for, is_compiled
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
@@ -26,6 +27,7 @@ from runtime.generation.sampler import choose, uniforms
 from runtime.generation.speculative import DRAWS, decode_speculatively
 from runtime.step import DomainSetup
 
+logger = logging.getLogger(__name__)
 MAX_ROWS = 256
 """Rows decoded together."""
 TURN_ALLOWANCE = 96
@@ -39,6 +41,7 @@ class Generator:
         self.model, self.tokenizer, self.setups, self.sandbox = model, tokenizer, setups, sandbox
         self._domains: dict[str, Domain] = {}
         self._environments: dict[str, Environment | None] = {}
+        self._has_said_how = False
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, *, samples: int) -> list[Sample]:
@@ -55,6 +58,9 @@ class Generator:
         """
         at_once = max(1, MAX_ROWS // samples)
         decoding = decoder_for(self.model)
+        if not self._has_said_how:
+            logger.info("decoding in %s", "compiled loops" if is_compiled(self.model) else "torch")
+            self._has_said_how = True
         out: list[Sample] = []
         for start in range(0, len(prompts), at_once):
             rows = self._rows(prompts[start : start + at_once], seeds[start : start + at_once], sampling, samples)
