@@ -122,35 +122,35 @@ def expand(output, streams, post, comb, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _four_sums(a, b, c, d):
+    """Sum four vectors in one reduction; returns [2, 2] with a and b in the first row."""
+    return tl.sum(tl.join(tl.join(a, c), tl.join(b, d)), 0)
+
+
+@triton.jit
 def expand_backward(grad, output, streams, post, comb, doutput, dstreams, dpost, dcomb, width, BLOCK: tl.constexpr):
     """All gradients of `expand`, one program a token; BLOCK covers the width."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    g = grad + token * 4 * width + columns
-    g0 = tl.load(g, inside, 0.0).to(tl.float32)
-    g1 = tl.load(g + width, inside, 0.0).to(tl.float32)
-    g2 = tl.load(g + 2 * width, inside, 0.0).to(tl.float32)
-    g3 = tl.load(g + 3 * width, inside, 0.0).to(tl.float32)
+    g, x = grad + token * 4 * width + columns, streams + token * 4 * width + columns
+    g0, g1 = tl.load(g, inside, 0.0), tl.load(g + width, inside, 0.0)
+    g2, g3 = tl.load(g + 2 * width, inside, 0.0), tl.load(g + 3 * width, inside, 0.0)
+    f = tl.load(output + token * width + columns, inside, 0.0).to(tl.float32)
+    x0, x1 = tl.load(x, inside, 0.0), tl.load(x + width, inside, 0.0)
+    x2, x3 = tl.load(x + 2 * width, inside, 0.0), tl.load(x + 3 * width, inside, 0.0)
+    g0, g1, g2, g3 = g0.to(tl.float32), g1.to(tl.float32), g2.to(tl.float32), g3.to(tl.float32)
     post += token * 4
     df = tl.load(post) * g0 + tl.load(post + 1) * g1 + tl.load(post + 2) * g2 + tl.load(post + 3) * g3
     tl.store(doutput + token * width + columns, df.to(doutput.dtype.element_ty), inside)
-    f = tl.load(output + token * width + columns, inside, 0.0).to(tl.float32)
-    dpost += token * 4
-    tl.store(dpost, tl.sum(f * g0, 0))
-    tl.store(dpost + 1, tl.sum(f * g1, 0))
-    tl.store(dpost + 2, tl.sum(f * g2, 0))
-    tl.store(dpost + 3, tl.sum(f * g3, 0))
+    square = tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(dpost + token * 4 + square, _four_sums(f * g0, f * g1, f * g2, f * g3))
     for j in tl.static_range(4):
-        place = (token * 4 + j) * width + columns
-        x = tl.load(streams + place, inside, 0.0).to(tl.float32)
-        c, d = comb + token * 16 + 4 * j, dcomb + token * 16 + 4 * j
+        y = (x0 if j == 0 else x1 if j == 1 else x2 if j == 2 else x3).to(tl.float32)
+        c = comb + token * 16 + 4 * j
         dx = tl.load(c) * g0 + tl.load(c + 1) * g1 + tl.load(c + 2) * g2 + tl.load(c + 3) * g3
-        tl.store(dstreams + place, dx.to(dstreams.dtype.element_ty), inside)
-        tl.store(d, tl.sum(x * g0, 0))
-        tl.store(d + 1, tl.sum(x * g1, 0))
-        tl.store(d + 2, tl.sum(x * g2, 0))
-        tl.store(d + 3, tl.sum(x * g3, 0))
+        tl.store(dstreams + (token * 4 + j) * width + columns, dx.to(dstreams.dtype.element_ty), inside)
+        tl.store(dcomb + token * 16 + 4 * j + square, _four_sums(y * g0, y * g1, y * g2, y * g3))
 
 
 @triton.jit

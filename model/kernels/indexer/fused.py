@@ -1,0 +1,51 @@
+"""Index scores of some query rows at a time, and the exact selection of each row's best; scores stay within the cache of a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from model.kernels.indexer.kernel import index_scores, select_rows
+from model.layout import PackedRow
+
+SCORES = 1 << 24
+"""Scores that exist at a time."""
+QUERIES = 32
+"""Queries a program scores. A packed row's widest block holds for blocks of at least its own size, so this is at most that."""
+TILE = {"KEYS": 128, "STAGES": 2, "num_warps": 4}
+PRODUCT_COLUMNS = 128
+"""Columns (queries times heads) of one product."""
+WIDEST = 1 << 16
+"""Entries of a row that a program can hold in registers."""
+
+
+def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int) -> Tensor:
+    """Compute `op.select` on contiguous inputs.
+
+    Raises:
+        ValueError: a sample has more entries than a program can hold.
+    """
+    entries, (tokens, heads, width) = row.entries[ratio], q.shape
+    if entries.width > WIDEST:
+        raise ValueError(f"indexer: got a sample of up to {entries.width} entries, expected at most {WIDEST}")
+    out = torch.empty(tokens, min(count, entries.width), dtype=torch.int64, device=q.device)
+    if out.numel() == 0:
+        return out
+    weights, each = weights.float().contiguous(), min(QUERIES, row.block)
+    tiles = triton.cdiv(entries.width, TILE["KEYS"])
+    stride = tiles * TILE["KEYS"]
+    step = max(1, SCORES // (stride * each)) * each
+    scores = torch.empty(min(step, tokens), stride, dtype=torch.float32, device=q.device)
+    block = triton.next_power_of_2(entries.width)
+    places = (entries.base, entries.visible)
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        index_scores[(tiles, triton.cdiv(last - first, each))](
+            q, keys, weights, *places, scores, first, last, len(keys), stride, count, QUERIES=each, HEADS=heads, WIDTH=width,
+            TOGETHER=min(each, max(1, PRODUCT_COLUMNS // heads)), **TILE,
+        )  # fmt: skip
+        select_rows[(last - first,)](
+            scores, *places, out, first, stride, out.shape[1], QUERIES=each, BLOCK=block, num_warps=min(16, max(1, block // 1024))
+        )
+    return out

@@ -1,0 +1,35 @@
+"""Choose the compressed entries that each query attends to: which implementation runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from model.kernels.choice import implementation_for
+from model.kernels.indexer import reference
+from model.layout import PackedRow
+
+
+def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int) -> Tensor:
+    """Select for every query the entries with the highest index score among those it sees.
+
+    I_ts = sum_h w_th ReLU(q_th . k_s) over complete entries s of the query's own sample; ties go to the lower entry. Scores in fp32.
+
+    Args:
+        q: [T, H, K] index queries.
+        keys: [C, K] index keys of all samples in order, in the dtype of `q`.
+        weights: [T, H] head weights, scale included.
+        row: layout of the packed row.
+        ratio: tokens an entry.
+        count: entries to select.
+
+    Returns:
+        [T, min(count, widest block)] int64 entry numbers within the sample, -1 for none. In which order is up to the implementation: by
+        score in plain torch, by number on a GPU.
+
+    Source: v4_spec 2.3.
+    """
+    if implementation_for(q) == "reference":
+        return reference.select(q, keys, weights, row=row, ratio=ratio, count=count)
+    from model.kernels.indexer import fused  # brings Triton, which a CPU does without
+
+    return fused.select(q.contiguous(), keys.contiguous(), weights, row=row, ratio=ratio, count=count)

@@ -1,0 +1,73 @@
+"""The indexer's Triton kernels against a dense score and a stable sort."""
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.kernels.choice import choose
+from model.kernels.indexer import fused
+from model.kernels.indexer.kernel import select_rows
+from model.kernels.indexer.op import select
+from model.layout import PackedRow
+
+CONFIG = ModelConfig(
+    num_hidden_layers=2, compress_ratios=[4, 128], num_nextn_predict_layers=0, head_dim=16, qk_rope_head_dim=8, sliding_window=24
+)
+
+
+@pytest.fixture(autouse=True)
+def triton_and_small_tiles(monkeypatch):
+    """Run the kernels, with tiles that short rows have several of, on memory filled with NaN."""
+    choose("triton")
+    monkeypatch.setattr(fused, "TILE", fused.TILE | {"KEYS": 16})
+    monkeypatch.setattr(fused, "PRODUCT_COLUMNS", 16)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    choose(None)
+
+
+@pytest.mark.parametrize("scores", [1 << 24, 100], ids=["one_chunk", "many_chunks"])
+@pytest.mark.parametrize("lengths", [[1], [3], [150], [70, 3, 1, 101, 4]], ids=str)
+def test_select(lengths, scores, monkeypatch):
+    monkeypatch.setattr(fused, "SCORES", scores)
+    torch.manual_seed(sum(lengths))
+    total = sum(lengths)
+    row = PackedRow(CONFIG, torch.tensor([0, *lengths]).cumsum(0), total)
+    entries = row.entries[4]
+    count_keys = len(entries.first)
+    q, weights, keys = torch.randn(total, 8, 16), torch.randn(total, 8), torch.randn(count_keys, 16)
+    got = select(q, keys, weights, row=row, ratio=4, count=6)
+    assert got.shape == (total, min(6, entries.width))
+    dense = torch.einsum("th,thc->tc", weights, torch.einsum("thk,ck->thc", q, keys).relu())
+    for token in range(total):
+        low, seen = int(entries.base[token]), int(entries.visible[token])
+        order = torch.sort(dense[token, low : low + seen] + 0.0, descending=True, stable=True).indices
+        best = order[: min(6, seen)].sort().values.tolist()
+        assert got[token].tolist() == best + [-1] * (got.shape[1] - len(best))
+
+
+def chosen(scores, wanted):
+    """Run the selection alone on rows of scores, all of them visible."""
+    rows, width = scores.shape
+    out = torch.full((rows, wanted), -7)
+    zeros, seen = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), width)
+    select_rows[(rows,)](scores, zeros, seen, out, 0, width, wanted, QUERIES=1, BLOCK=1 << (width - 1).bit_length())
+    return out
+
+
+@pytest.mark.parametrize("values", ["floats", "few", "zeros", "huge", "negative"])
+def test_selection_is_exact_and_breaks_ties_to_the_lower_number(values):
+    torch.manual_seed(4)
+    scores = torch.randn(5, 200)
+    scores = {
+        "floats": scores,
+        "few": scores.round(),
+        "zeros": torch.where(scores > 0, 0.0, -0.0),
+        "huge": scores * 3e38,
+        "negative": -scores.abs() * 1e-40,
+    }[values]
+    scores = scores.clamp(-3e38, 3e38)
+    order = torch.sort(scores + 0.0, dim=1, descending=True, stable=True).indices[:, :37].sort(1).values
+    assert torch.equal(chosen(scores, 37), order)
