@@ -12,7 +12,7 @@ from model.kernels.reverse_kl.kernel import reverse_kl_rows
 TEACHER_SHARE = 4
 """The teacher's logits exist for one of so many parts of a chunk at a time: they are needed only once."""
 
-BLOCK, WARPS = 4096, 8
+ROWS = {"BLOCK": 2048, "STAGES": 2, "num_warps": 4}
 
 
 def rows_kl(student: Tensor, teacher: Tensor, weights: Tensor, kl: Tensor, *, write: bool) -> None:
@@ -25,10 +25,8 @@ def rows_kl(student: Tensor, teacher: Tensor, weights: Tensor, kl: Tensor, *, wr
         write: also overwrite `student`.
     """
     rows, vocabulary = student.shape
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    reverse_kl_rows[(rows,)](
-        student, teacher, weights, kl, vocabulary, student.stride(0), teacher.stride(0), WRITE=write, BLOCK=block, num_warps=WARPS
-    )
+    tile = ROWS | {"BLOCK": min(ROWS["BLOCK"], triton.next_power_of_2(vocabulary))}
+    reverse_kl_rows[(rows,)](student, teacher, weights, kl, vocabulary, student.stride(0), teacher.stride(0), write, **tile)
 
 
 class ReverseKl(torch.autograd.Function):

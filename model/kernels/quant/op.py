@@ -1,0 +1,72 @@
+"""Launches of the quantisation kernels: what `model.quant`, their reference, computes, in one pass over memory."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+import triton
+from torch import Tensor
+
+from model.kernels.quant.kernel import fake_quantize_groups, quantize_fp8_groups, quantize_mxfp4_groups
+
+PROGRAM = {"ELEMENTS": 8192, "num_warps": 8}
+"""Elements a program, and its warps."""
+
+
+def quantize_fp8(x: Tensor, *, group: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Quantise to e4m3 in groups along the last dimension; groups with a number that is not finite get a NaN scale.
+
+    Args:
+        x: [..., K] float, contiguous.
+        group: consecutive elements that share a scale, a power of two.
+        floor: lower bound of a group's greatest magnitude.
+
+    Returns:
+        values [..., K] float8_e4m3fn, scales [..., ceil(K / group)] float8_e8m0fnu.
+    """
+    values, scales = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), _scales(x, group)
+    _launch(quantize_fp8_groups, (x, values, scales), group=group, floor=floor, **_carry(448.0))
+    return values, scales.view(torch.float8_e8m0fnu)
+
+
+def quantize_mxfp4(x: Tensor, *, group: int = 32) -> tuple[Tensor, Tensor]:
+    """Quantise to e2m1, two codes a byte; arguments and scales as `quantize_fp8`, K even. Returns packed int8 [..., K / 2] and scales."""
+    packed = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8, device=x.device)
+    scales = _scales(x, group)
+    _launch(quantize_mxfp4_groups, (x, packed, scales), group=group, floor=0.0, **_carry(6.0))
+    return packed.view(torch.int8), scales.view(torch.float8_e8m0fnu)
+
+
+def fake_quantize(x: Tensor, *, group: int, form: str, floor: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    """Round to the values of `form`, "e4m3" or "e2m1"; arguments as `quantize_fp8`. Returns the shape of `x`, its dtype by default."""
+    largest, mantissa, least = {"e4m3": (448.0, 3, -6), "e2m1": (6.0, 1, 0)}[form]
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    grid = {"LEAST": 2.0**least, "ANCHOR": 1.5 * 2.0 ** (23 - mantissa)}
+    _launch(fake_quantize_groups, (x, out), group=group, floor=floor, **_carry(largest), **grid)
+    return out
+
+
+def _scales(x: Tensor, group: int) -> Tensor:
+    return torch.empty((*x.shape[:-1], triton.cdiv(x.shape[-1], group)), dtype=torch.uint8, device=x.device)
+
+
+def _carry(largest: float) -> dict[str, int]:
+    """Return what a greatest magnitude's bits need added so that they carry when it takes another power of two, and that power's shift."""
+    fraction, exponent = math.frexp(largest)
+    return {"REST": ((1 << 23) - 1) - round((2 * fraction - 1) * (1 << 23)), "SHIFT": exponent - 1}
+
+
+def _launch(kernel, tensors: tuple[Tensor, ...], *, group: int, floor: float, **constants: float) -> None:
+    x = tensors[0]
+    assert x.is_contiguous()
+    width = x.shape[-1]
+    per_row = triton.cdiv(width, group)
+    groups, each = x.numel() // max(width, 1) * per_row, PROGRAM["ELEMENTS"] // group
+    bits = struct.unpack("<i", struct.pack("<f", floor))[0]
+    if groups:
+        kernel[(triton.cdiv(groups, each),)](
+            *tensors, groups, per_row, width, bits, GROUP=group, GROUPS=each, WHOLE=width % group == 0, num_warps=PROGRAM["num_warps"],
+            **constants,
+        )  # fmt: skip
