@@ -51,10 +51,9 @@ def key_rows(
 
 @gluon.jit
 def copy_rows(target, keys, row, layout: gl.constexpr):
-    """Start copying rows of `keys` [*, 512] to a tile of shared memory."""
+    """Start copying rows of `keys` [*, 512] to a tile of shared memory; the caller ends the group."""
     channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     copy(target, keys + row.to(gl.int64)[:, None] * WIDTH + channel[None, :])
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -86,38 +85,42 @@ def forward(
     row, _known = key_rows(rows, t, start, tokens, low, entries, begin * TILE, window, k, kind, row_layout)
     copy_rows(queries, q, first_row + gl.arange(0, TILE, layout=row_layout), copy_layout)
     copy_rows(tiles.index(0), keys, row, copy_layout)
+    async_copy.commit_group()
     row, _known = key_rows(rows, t, start, tokens, low, entries, begin * TILE + TILE, window, k, kind, row_layout)
+    if begin + 1 < end:
+        copy_rows(tiles.index(1), keys, row, copy_layout)
+    async_copy.commit_group()
+    row, _known = key_rows(rows, t, start, tokens, low, entries, begin * TILE + 2 * TILE, window, k, kind, row_layout)
     top_of_sink = gl.load(sink + gl.program_id(1) * TILE + gl.arange(0, TILE, layout=head_layout)).to(gl.float32) * LOG2E
     m = top_of_sink
     total = gl.zeros([TILE, TILE], gl.float32, scores_layout)
-    acc = warpgroup_mma_init(gl.zeros([TILE, WIDTH], gl.float32, values_layout))
+    values = gl.zeros([TILE, WIDTH], gl.float32, values_layout)
     for j in range(begin, end):
         tile = tiles.index((j - begin) & 1)
         _mine, seen = key_rows(rows, t, start, tokens, low, entries, j * TILE, window, k, kind, gl.SliceLayout(0, scores_layout))
-        async_copy.wait_group(0)
-        fence_async_shared()
+        async_copy.wait_group(1)
         barrier()
         scores = warpgroup_mma(
             queries, tile.permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, scores_layout), use_acc=False, is_async=True
         )
-        values = warpgroup_mma_wait(1, [acc])
-        barrier()
-        if j + 1 < end:
-            copy_rows(tiles.index((j - begin + 1) & 1), keys, row, copy_layout)
-        row, _known = key_rows(rows, t, start, tokens, low, entries, j * TILE + 2 * TILE, window, k, kind, row_layout)
         s = warpgroup_mma_wait(0, [scores])
         s = gl.where(seen[None, :], s * scale, float("-inf"))
         top = gl.maximum(m, gl.max(s, 1))
         p = gl.exp2(s - top[:, None])
         shrink = gl.exp2(m - top)
         m = top
-        total = total * shrink[:, None] + p
         weights.store(p.to(q.dtype.element_ty))
+        total = total * shrink[:, None] + p
         values = values * gl.convert_layout(shrink, gl.SliceLayout(1, values_layout))[:, None]
         fence_async_shared()
         barrier()
         acc = warpgroup_mma(weights, tile, values, is_async=True)
-    values = warpgroup_mma_wait(0, [acc])
+        values = warpgroup_mma_wait(0, [acc])
+        barrier()
+        if j + 2 < end:
+            copy_rows(tile, keys, row, copy_layout)
+        async_copy.commit_group()
+        row, _known = key_rows(rows, t, start, tokens, low, entries, j * TILE + 3 * TILE, window, k, kind, row_layout)
     barrier()
     mass = gl.sum(total, 1) + gl.exp2(top_of_sink - m)
     gl.store(lse + first_row + gl.arange(0, TILE, layout=head_layout), m + gl.log2(mass))
@@ -190,10 +193,9 @@ def probabilities(
     for j in range(begin, end):
         acc = warpgroup_mma_init(gl.zeros([TILE, 128], gl.float32, layout))
         for c in gl.static_range(4):
-            async_copy.wait_group(2)
             if c >= 2:
                 acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-            fence_async_shared()
+            async_copy.wait_group(2)
             barrier()
             acc = warpgroup_mma(ring.index(here), stacked.index(c).permute((1, 0)), acc, use_acc=c > 0, is_async=True)
             ahead = gl.where(here >= 2, here - 2, here + 3)
@@ -288,18 +290,16 @@ def key_gradient(
         here = (2 * i) & 3
         ahead = (2 * i + 2) & 3
         row += 1
-        async_copy.wait_group(1)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-        fence_async_shared()
+        async_copy.wait_group(1)
         barrier()
         acc = warpgroup_mma(weights.index(here), values.index(here), acc, is_async=True)
         if i + 1 < steps:
             copy_weights(weights.index(ahead), p, row, slot, seen, heads, slots, weights_layout)
             copy_block(values.index(ahead), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
         async_copy.commit_group()
-        async_copy.wait_group(1)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-        fence_async_shared()
+        async_copy.wait_group(1)
         barrier()
         acc = warpgroup_mma(weights.index(here + 1), values.index(here + 1), acc, is_async=True)
         if i + 1 < steps:
