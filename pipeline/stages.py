@@ -133,7 +133,7 @@ class _Graph:
 
 def _numerics(config: RunConfig) -> dict[str, Any]:
     """Keep what of engine and sandbox can change a result: precision, and the limits that decide a verdict."""
-    precision = {name: config.engine.deepspeed[name] for name in ("bf16", "fp16") if name in config.engine.deepspeed}
+    precision: dict[str, Any] = {name: config.engine.deepspeed[name] for name in ("bf16", "fp16") if name in config.engine.deepspeed}
     quantization = asdict(config.engine.quantization)
     if any(quantization.values()):
         precision["quantization"] = quantization

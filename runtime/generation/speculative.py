@@ -100,7 +100,7 @@ def decode_speculatively(rows: list[Row], logits: Tensor, model: Transformer, ca
 class _Kept(NamedTuple):
     """What a pass left of one row: tokens appended, and whether its turn is over."""
 
-    count: int
+    tokens: int
     over: bool
 
 
@@ -127,11 +127,11 @@ def _draft(rows: list[Row], model: Transformer, cache: Cache, kept: list[_Kept])
     """Set the positions to what was kept, and return the logits [B, V] that the next drafts are drawn from."""
     assert cache.streams is not None
     device, most = cache.positions.device, len(cache.streams)
-    counts = torch.tensor([each.count for each in kept], device=device)
+    counts = torch.tensor([each.tokens for each in kept], device=device)
     cache.positions.copy_(torch.tensor([len(row.tokens) - 1 for row in rows], device=device))
     # Of a row that kept one of two tokens the second place is computed for nothing and overwritten by the next pass.
     following = torch.tensor(
-        [[row.tokens[min(i - each.count, -1)] for row, each in zip(rows, kept, strict=True)] for i in range(most)], device=device
+        [[row.tokens[min(i - each.tokens, -1)] for row, each in zip(rows, kept, strict=True)] for i in range(most)], device=device
     )
     hidden = drafting.draft(model, following, cache.positions - counts, cache)
     return model.head(hidden[counts - 1, torch.arange(len(rows), device=device)])

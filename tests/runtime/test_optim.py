@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from model.kernels.newton_schulz.op import orthogonalize
 from runtime.config import OptimizerConfig
-from runtime.optim import HybridOptimizer, orthogonalize
+from runtime.optim import HybridOptimizer
 from runtime.schedule import learning_rate
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
 """Eight steps that grow small singular values quickly, two that settle them at 1. Source: V4 report, section 2.4."""
+
+CHUNK = 1 << 17
+"""Numbers iterated at a time, so that all ten steps find them in a cache (512 KiB in fp32)."""
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -22,7 +26,13 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    x = x.reshape(-1, *x.shape[-2:])
+    x = torch.cat([_iterate(part) for part in x.split(max(1, CHUNK // x[0].numel()))])
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _iterate(x: Tensor) -> Tensor:
     for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
