@@ -32,20 +32,20 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: i
     out = torch.empty(tokens, min(count, entries.width), dtype=torch.int64, device=q.device)
     if out.numel() == 0:
         return out
-    weights, each = weights.float().contiguous(), min(QUERIES, row.block)
+    weights, each = weights.float().contiguous(), min(QUERIES, 1 << (row.block.bit_length() - 1))
     tiles = triton.cdiv(entries.width, TILE["KEYS"])
     stride = tiles * TILE["KEYS"]
     step = max(1, SCORES // (stride * each)) * each
     scores = torch.empty(min(step, tokens), stride, dtype=torch.float32, device=q.device)
-    block = triton.next_power_of_2(entries.width)
     places = (entries.base, entries.visible)
     for first in range(0, tokens, step):
         last = min(first + step, tokens)
-        index_scores[(tiles, triton.cdiv(last - first, each))](
+        block = triton.next_power_of_2(max(1, min(entries.width, last // ratio)))  # no query sees more
+        grid = (max(1, min(tiles, triton.cdiv(last // ratio, TILE["KEYS"]))), triton.cdiv(last - first, each))
+        index_scores[grid](
             q, keys, weights, *places, scores, first, last, len(keys), stride, count, QUERIES=each, HEADS=heads, WIDTH=width,
             TOGETHER=min(each, max(1, PRODUCT_COLUMNS // heads)), **TILE,
         )  # fmt: skip
-        select_rows[(last - first,)](
-            scores, *places, out, first, stride, out.shape[1], QUERIES=each, BLOCK=block, num_warps=min(16, max(1, block // 1024))
-        )
+        warps = max(1, min(4, block // 512), block // 2048)
+        select_rows[(last - first,)](scores, *places, out, first, stride, out.shape[1], QUERIES=each, BLOCK=block, num_warps=warps)
     return out

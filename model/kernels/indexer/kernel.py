@@ -37,34 +37,62 @@ def index_scores(q, keys, weights, base, visible, scores, first, last, count_key
 
 
 @triton.jit
+def _ordered(x):
+    """Turn fp32 numbers into integers of the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _threshold(key, inside, seen, wanted):
+    """Find an integer that at least `wanted` keys reach, exactly so many unless they tie there; returns it and how many.
+
+    The place is guessed by interpolation between two bounds, as numbers; every third guess halves the integers between them instead.
+    """
+    low = tl.min(tl.where(inside, key, 2147483647), 0)
+    high = tl.max(key, 0).to(tl.int64) + 1
+    reached, above, turn = seen, seen * 0, seen * 0
+    while (reached != wanted) & (high - low > 1):
+        share = (reached - wanted).to(tl.float32) / (reached - above).to(tl.float32)
+        bottom, top = _number(low), _number((high - 1).to(tl.int32))
+        guess = _ordered(bottom + (top - bottom) * share).to(tl.int64)
+        guess = tl.where(turn % 3 == 2, (low + high) >> 1, guess)
+        guess = tl.minimum(tl.maximum(guess, low.to(tl.int64) + 1), high - 1)
+        number = tl.sum((key >= guess.to(tl.int32)).to(tl.int32), 0)
+        enough = number >= wanted
+        low, reached = tl.where(enough, guess.to(tl.int32), low), tl.where(enough, number, reached)
+        high, above = tl.where(enough, high, guess), tl.where(enough, above, number)
+        turn += 1
+    return low, reached
+
+
+@triton.jit
 def select_rows(scores, base, visible, out, first, stride, wanted, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
     """Write the numbers of the `wanted` highest scores of a row in order, ties to the lower number, -1 where there are fewer.
 
-    The threshold is found bit by bit on integers in the order of the floats: the largest that `wanted` scores reach.
+    Keys are integers in the order of the scores; hidden lanes hold one below all of them.
     """
     local = tl.program_id(0)
     row = first + local
-    start, seen = tl.load(base + row), tl.load(visible + row)
+    start, seen = tl.load(base + row), tl.load(visible + row).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     at = out + row.to(tl.int64) * wanted
     if seen <= wanted:
-        tl.store(at + lanes, tl.where(lanes < seen, lanes, -1).to(tl.int64), lanes < wanted)
+        for some in range(0, wanted, BLOCK):
+            tl.store(at + some + lanes, tl.where(some + lanes < seen, some + lanes, -1).to(tl.int64), some + lanes < wanted)
     else:
         begin = start - tl.load(base + first + local // QUERIES * QUERIES)
         inside = lanes < seen
-        bits = (tl.load(scores + local.to(tl.int64) * stride + begin + lanes, inside, 0.0) + 0.0).to(tl.int32, bitcast=True)
-        key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-        key = tl.where(inside, key, 0)
-        threshold, reached, bit = tl.zeros([], tl.uint32), seen.to(tl.int32), 31
-        while (bit >= 0) & (reached != wanted):
-            higher = threshold | (tl.full([], 1, tl.uint32) << bit)
-            number = tl.sum((key >= higher).to(tl.int32), 0)
-            enough = number >= wanted
-            threshold, reached = tl.where(enough, higher, threshold), tl.where(enough, number, reached)
-            bit -= 1
-        equal = inside & (key == threshold)
-        spare = reached - wanted
+        score = tl.load(scores + local.to(tl.int64) * stride + begin + lanes, inside, 0.0) + 0.0
+        key = tl.where(inside, _ordered(score), -2147483648)
+        threshold, reached = _threshold(key, inside, seen, wanted)
+        equal = key == threshold
         ties = tl.sum(equal.to(tl.int32), 0)
-        kept = inside & ((key > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties - spare)))
+        kept = (key > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties - (reached - wanted)))
         place = tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(at + place, lanes.to(tl.int64), kept)

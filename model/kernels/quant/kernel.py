@@ -71,9 +71,10 @@ def quantize_mxfp4_groups(x, packed, scales, groups, per_row, width, floor, REST
     byte, inverse, _ = _scale(wide, floor, REST, SHIFT)
     tl.store(scales + group, byte, real)
     scaled = wide * inverse
-    size = _rounded(tl.abs(scaled), 1.0, 1.5 * 4194304.0)
-    normal = (size.to(tl.int32, bitcast=True) >> 22) - 252
-    code = tl.where(size >= 1, normal, (size * 2).to(tl.int32)) | ((scaled.to(tl.int32, bitcast=True) >> 28) & 8)
+    bits = scaled.to(tl.int32, bitcast=True)
+    power = tl.maximum(bits & 0x7F800000, 0x3F800000)
+    halves = tl.abs(scaled) + (power + 0x0B400000).to(tl.float32, bitcast=True)  # the sum's last bits count halves of the power of two
+    code = ((halves.to(tl.int32, bitcast=True) & 7) + (power >> 22) - 254) | ((bits >> 28) & 8)
     even, odd = tl.split(tl.reshape(code, [GROUPS, GROUP // 2, 2]))
     if WHOLE:
         half = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]

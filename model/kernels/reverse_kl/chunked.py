@@ -12,7 +12,7 @@ from model.kernels.reverse_kl.kernel import reverse_kl_rows
 TEACHER_SHARE = 4
 """The teacher's logits exist for one of so many parts of a chunk at a time: they are needed only once."""
 
-ROWS = {"BLOCK": 2048, "STAGES": 2, "num_warps": 4}
+ROWS = {"BLOCK": 2048, "STAGES": 4, "num_warps": 4}
 
 
 def rows_kl(student: Tensor, teacher: Tensor, weights: Tensor, kl: Tensor, *, write: bool) -> None:

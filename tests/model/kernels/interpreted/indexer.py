@@ -29,7 +29,7 @@ def triton_and_small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("scores", [1 << 24, 100], ids=["one_chunk", "many_chunks"])
-@pytest.mark.parametrize("lengths", [[1], [3], [150], [70, 3, 1, 101, 4]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [3], [20], [150], [70, 3, 1, 101, 4]], ids=str)
 def test_select(lengths, scores, monkeypatch):
     monkeypatch.setattr(fused, "SCORES", scores)
     torch.manual_seed(sum(lengths))
