@@ -62,7 +62,7 @@ def train(context: StepContext, trainer: Trainer, rollout: Rollout, domains: Map
         packed = [
             PackedSample(s.tokens, s.sampled, teacher=s.prompt.domain, shared=s.sampled.index(True)) for s in samples if any(s.sampled)
         ]
-        metrics = trainer.forward_backward(pack(packed, row_tokens=context.engine.row_tokens), spec)
+        metrics = trainer.forward_backward(pack(packed, row_tokens=context.engine.row_tokens, ranks=trainer.ranks), spec)
         metrics |= trainer.optim_step(learning_rate(step, config=config.optimizer, steps=config.steps))
         written = sum(sum(s.sampled) for s in samples)
         tokens += written

@@ -34,7 +34,7 @@ def train(context: StepContext, trainer: Trainer, samples: Sequence[PackedSample
     for step in range(state["step"], config.steps):
         began = time.monotonic()
         cursor, chosen = take(samples, cursor, config.tokens_per_step, seed=seed_of(context.seed, context.name))
-        rows = pack(chosen, row_tokens=context.engine.row_tokens)
+        rows = pack(chosen, row_tokens=context.engine.row_tokens, ranks=trainer.ranks)
         metrics = trainer.forward_backward(rows, loss_of_step(config, step))
         lr = learning_rate(step, config=config.optimizer, steps=config.steps)
         metrics |= trainer.optim_step(lr, router_bias_speed=config.router_bias_speed)

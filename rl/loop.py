@@ -102,7 +102,7 @@ def update(
     for part in range(config.updates_per_rollout):
         if not (mine := useful[part :: config.updates_per_rollout]):
             continue
-        rows = pack(mine, row_tokens=context.engine.row_tokens)
+        rows = pack(mine, row_tokens=context.engine.row_tokens, ranks=trainer.ranks)
         if config.kl_weight > 0:
             add_reference(trainer, rows)
         measured = trainer.forward_backward(rows, spec) | trainer.optim_step(lr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,43 +69,58 @@ class Batch:
         return Batch(self.tokens, self.cu_seqlens, np.zeros_like(self.targets), self.fields, self.teacher, self.source)
 
 
-def pack(sequences: Sequence[PackedSample], *, row_tokens: int) -> list[Batch]:
-    """Pack samples into as few rows of at most `row_tokens` computed tokens as first-fit-decreasing finds, rows of one teacher together.
+def pack(sequences: Sequence[PackedSample], *, row_tokens: int, ranks: int = 1) -> list[Batch]:
+    """Pack samples into rows of about one size, as few as hold them, a multiple of the ranks where one teacher judges all.
 
-    Samples that share their first tokens stay together where they fit. A sample longer than `row_tokens` gets a row of its own. The order
-    is a function of the lengths and of who shares with whom.
+    Samples that share their first tokens stay together where they fit. A sample longer than a row gets one of its own. The order is a
+    function of the lengths, of who shares with whom, and of the ranks.
+
+    Args:
+        sequences: the samples.
+        row_tokens: most computed tokens of a row.
+        ranks: among which the rows will be dealt.
     """
     groups: dict[tuple, list[PackedSample]] = {}
     for i, sequence in enumerate(sequences):
         groups.setdefault((sequence.teacher, *(sequence.beginning or (i,))), []).append(sequence)
-    rows: list[_Row] = []
-    for members in sorted(groups.values(), key=lambda g: (g[0].teacher, -max(len(m.tokens) for m in g))):
-        for member in sorted(members, key=lambda m: -len(m.tokens)):
-            fitting = [row for row in rows if row.teacher == member.teacher and row.used + row.cost(member) <= row_tokens]
-            row = next((row for row in fitting if member.beginning in row.beginnings), fitting[0] if fitting else None)
-            if row is None:
-                rows.append(row := _Row(member.teacher))
-            row.add(member)
-    return [_concatenate(row.members) for row in rows]
+    total = sum(_cost(members) for members in groups.values())
+    size = min(row_tokens, ceil(total / (ranks * ceil(total / (ranks * row_tokens))))) if total else row_tokens
+    rows: list[list[PackedSample]] = []
+    for teacher in sorted({sequence.teacher for sequence in sequences}):
+        pieces = [piece for key, members in groups.items() if key[0] == teacher for piece in _pieces(members, size)]
+        rows += _balanced(pieces, size=size, most=row_tokens)
+    return [_concatenate(members) for members in rows]
 
 
-@dataclass
-class _Row:
-    """A row being filled; `used` counts the tokens to compute."""
+def _cost(members: list[PackedSample]) -> int:
+    """Count the tokens that samples with one beginning make a row compute."""
+    return members[0].shared + sum(len(m.tokens) - m.shared for m in members)
 
-    teacher: str
-    used: int = 0
-    members: list[PackedSample] = field(default_factory=list)
-    beginnings: set[tuple[int, ...]] = field(default_factory=set)
 
-    def cost(self, sample: PackedSample) -> int:
-        return len(sample.tokens) - (len(sample.beginning) if sample.beginning in self.beginnings else 0)
+def _pieces(members: list[PackedSample], size: int) -> list[list[PackedSample]]:
+    """Cut samples with one beginning into pieces that fit a row of `size`, longest samples first."""
+    pieces: list[list[PackedSample]] = []
+    for member in sorted(members, key=lambda m: -len(m.tokens)):
+        if pieces and _cost([*pieces[-1], member]) <= size:
+            pieces[-1].append(member)
+        else:
+            pieces.append([member])
+    return pieces
 
-    def add(self, sample: PackedSample) -> None:
-        self.used += self.cost(sample)
-        self.members.append(sample)
-        if sample.beginning:
-            self.beginnings.add(sample.beginning)
+
+def _balanced(pieces: list[list[PackedSample]], *, size: int, most: int) -> list[list[PackedSample]]:
+    """Lay pieces into rows, the largest first, each into the emptiest row."""
+    rows: list[list[PackedSample]] = [[] for _ in range(ceil(sum(map(_cost, pieces)) / size))]
+    used = [0] * len(rows)
+    for piece in sorted(pieces, key=lambda p: -_cost(p)):
+        cost, emptiest = _cost(piece), min(range(len(rows)), key=used.__getitem__)
+        if used[emptiest] and used[emptiest] + cost > most:
+            emptiest = len(rows)
+            rows.append([])
+            used.append(0)
+        rows[emptiest] += piece
+        used[emptiest] += cost
+    return [row for row in rows if row]
 
 
 def _concatenate(members: list[PackedSample]) -> Batch:

@@ -54,6 +54,11 @@ class Trainer:
         """Wrap the ranks; checkpoints go to `workdir / "checkpoints"`."""
         self.group, self.checkpoints = group, workdir / checkpoint.FOLDER
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that rows are dealt to."""
+        return self.group.ranks
+
     def forward_backward(self, batches: Sequence[Batch], loss: LossSpec) -> dict[str, float]:
         """Accumulate the gradient of the mean loss over all targets of all rows.
 

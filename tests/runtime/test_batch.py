@@ -61,3 +61,13 @@ def test_a_shared_beginning_is_computed_once_a_row(drawn, row_tokens):
 
 def _bounds(row):
     return zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True)
+
+
+@given(st.lists(st.integers(2, 60), min_size=8, max_size=40), st.integers(1, 4))
+def test_rows_are_as_many_as_the_ranks_share_evenly_and_nearly_equal(lengths, ranks):
+    samples = [PackedSample([n] * length, [False] + [True] * (length - 1)) for n, length in enumerate(lengths)]
+    rows = pack(samples, row_tokens=120, ranks=ranks)
+    sizes = [len(row.tokens) for row in rows]
+    fewest = -(-sum(lengths) // (120 * ranks)) * ranks
+    assert len(rows) >= min(fewest, len(samples))
+    assert max(sizes) - min(sizes) <= max(lengths) or len(rows) > fewest
