@@ -122,7 +122,7 @@ class Ours:
         self.job = GrpoJob(domain=setup, grpo=grpo, evaluation=EvaluationConfig(), start="model")
         self.context = StepContext(
             name="bench", workdir=directory, artifact=directory, inputs={}, tracker=Tracker(directory), cluster=settings,
-            engine=EngineConfig(deepspeed={"zero_optimization": {"stage": 1}}, row_tokens=1024),
+            engine=EngineConfig(deepspeed={"zero_optimization": {"stage": 1}}, row_tokens=2560),
         )  # fmt: skip
         cluster.start(settings, directory)
         spec = EngineSpec(

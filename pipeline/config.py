@@ -121,7 +121,7 @@ def problems(config: RunConfig) -> list[str]:
         found.append(f"run: got {run_name(config)!r}, expected letters, digits and . , = + - _")
     found += _model_problems(config.model)
     found += _out_of_range("", config)
-    if config.engine.quantization.kv and isinstance(config.model, V32Config) and not config.model.path:
+    if config.engine.quantization.kv and isinstance(config.model, V32Model) and not config.model.path:
         found.append("engine.quantization.kv: got true, expected false: only V4's cache has this grid")
     if config.tracking.wandb not in ("offline", "online", "off"):
         found.append(choose("tracking.wandb", config.tracking.wandb, ("offline", "online", "off")))

@@ -15,7 +15,7 @@ from pipeline.config import RunConfig, architecture
 from rl.job import GrpoJob
 from runtime.step import DomainSetup, StepContext
 
-RECIPE = {"base": 1, "sft": 1, "grpo": 2, "warmup": 1, "distill": 2}
+RECIPE = {"base": 2, "sft": 2, "grpo": 2, "warmup": 2, "distill": 2}
 """Raise a kind's number when its code changes what it makes: artifacts of older numbers are then not reused."""
 
 NOT_IN_KEY = {"save_every"}

@@ -28,6 +28,8 @@ HOMES = {
     "transformers": {"model/tokenizer.py"},
     "tokenizers": {"model/tokenizer.py"},
     "math_verify": {"domains/math_grader.py"},
+    "numba": {"model/kernels"},
+    "llvmlite": {"model/kernels"},
 }
 MODULES = sorted(path for layer in MAY_IMPORT for path in (ROOT / layer).rglob("*.py"))
 
