@@ -1,0 +1,68 @@
+"""What lies between the experts' grouped products: laying tokens out by expert, the gated activation, and summing the choices."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spread_rows(x, order, out, active, width, BLOCK: tl.constexpr):
+    """out_i = x_(order_i / active), one program a block of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    token = tl.load(order + row) // active
+    tl.store(out + row * width + columns, tl.load(x + token * width + columns, inside), inside)
+
+
+@triton.jit
+def sum_rows(first, second, slots, out, active, width, BOTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out_t = sum_a first_(slots_ta) (+ second_(slots_ta)) in fp32, one program a block of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in range(active):
+        place = tl.load(slots + token * active + choice) * width + columns
+        total += tl.load(first + place, inside, 0.0).to(tl.float32)
+        if BOTH:
+            total += tl.load(second + place, inside, 0.0).to(tl.float32)
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def gate_rows(gate, up, share, order, out, width, limit, BLOCK: tl.constexpr):
+    """out_i = share_(order_i) silu(min(gate_i, l)) clamp(up_i, -l, l), one program a block of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    place = row * width + columns
+    g = tl.minimum(tl.load(gate + place, inside, 0.0).to(tl.float32), limit)
+    u = tl.minimum(tl.maximum(tl.load(up + place, inside, 0.0).to(tl.float32), -limit), limit)
+    hidden = tl.load(share + tl.load(order + row)).to(tl.float32) * g * tl.sigmoid(g) * u
+    tl.store(out + place, hidden.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, width, limit, BLOCK: tl.constexpr):
+    """Gradients of `gate_rows`, and its result again; one program a row, BLOCK covers the width. dshare has the order of `share`."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    place = row * width + columns
+    d = tl.load(grad + place, inside, 0.0).to(tl.float32)
+    g_raw = tl.load(gate + place, inside, 0.0).to(tl.float32)
+    u_raw = tl.load(up + place, inside, 0.0).to(tl.float32)
+    number = tl.load(order + row)
+    weight = tl.load(share + number).to(tl.float32)
+    g, u = tl.minimum(g_raw, limit), tl.minimum(tl.maximum(u_raw, -limit), limit)
+    s = tl.sigmoid(g)
+    hidden = g * s * u
+    tl.store(out + place, (weight * hidden).to(out.dtype.element_ty), inside)
+    tl.store(dshare + number, tl.sum(d * hidden, 0))
+    d *= weight
+    dg = tl.where(g_raw < limit, d * u * s * (1 + g * (1 - s)), 0.0)
+    du = tl.where(tl.abs(u_raw) < limit, d * g * s, 0.0)
+    tl.store(dgate + place, dg.to(dgate.dtype.element_ty), inside)
+    tl.store(dup + place, du.to(dup.dtype.element_ty), inside)

@@ -1,0 +1,32 @@
+"""The routed experts with Triton between the grouped products, against the dense definition, in value and gradient."""
+
+import pytest
+import torch
+
+from model.kernels.experts import fused, reference
+
+
+@pytest.fixture(autouse=True)
+def small_tiles_and_nan_filled(monkeypatch):
+    """Give rows several tiles, and fill new memory with NaN, so that an element that no kernel writes is seen."""
+    monkeypatch.setattr(fused, "COPY", {"BLOCK": 8, "num_warps": 1})
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 3, 2), (37, 6, 2), (20, 4, 1)], ids=str)
+def test_routed_experts(tokens, experts, active):
+    torch.manual_seed(1)
+    x = torch.randn(tokens, 16, requires_grad=True)
+    matrices = tuple(torch.randn(shape, requires_grad=True) for shape in ((experts, 24, 16), (experts, 16, 24), (experts, 24, 16)))
+    indices = torch.rand(tokens, experts - 1).topk(active).indices  # the last expert gets nothing
+    weights = torch.rand(tokens, active, requires_grad=True)
+    grad = torch.randn(tokens, 16)
+    results = []
+    for run in (lambda *a: fused.RoutedExperts.apply(*a, 2.0), lambda x, i, w, *m: reference.routed_experts(x, i, w, m, limit=2.0)):
+        out = run(x, indices, weights, *matrices)
+        results.append((out, *torch.autograd.grad(out, (x, weights, *matrices), grad)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
