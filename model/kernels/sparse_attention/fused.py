@@ -9,7 +9,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.sparse_attention import kernel_backward, kernel_forward, kernel_hopper
+from model.kernels.sparse_attention import (
+    kernel_backward,
+    kernel_forward,
+    kernel_hopper_forward,
+    kernel_hopper_keys,
+    kernel_hopper_scores,
+)
 from model.kernels.sparse_attention.kernel_forward import LOG2E
 from model.layout import PackedRow
 
@@ -75,6 +81,11 @@ class Keys:
         return self.row.cu_seqlens, self.row.sample, self.rows, self.base, self.count
 
     @property
+    def arguments_on_hopper(self) -> tuple[Tensor, ...]:
+        """The same for the kernels scheduled for Hopper."""
+        return self.rows, self.row.position, self.base, self.count
+
+    @property
     def halves(self) -> tuple[Tensor, Tensor]:
         """Window keys, and compressed entries or whatever where there are none."""
         length = self.row.length
@@ -111,7 +122,8 @@ def make_keys(kv: Tensor, ckv: Tensor | None, indices: Tensor | None, *, row: Pa
 def on_hopper(q: Tensor, keys: Keys) -> bool:
     """Say whether the kernels scheduled for Hopper take this shape."""
     _, heads, width = q.shape
-    fits = width == kernel_hopper.WIDTH.value and heads % kernel_hopper.TILE.value == 0 and keys.row.window % kernel_hopper.TILE.value == 0
+    tile = kernel_hopper_forward.TILE.value
+    fits = width == kernel_hopper_forward.WIDTH.value and heads % tile == 0 and keys.row.window % tile == 0
     return fits and q.is_cuda and q.element_size() == 2 and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
@@ -157,14 +169,17 @@ def attend(q: Tensor, keys: Keys, sink: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output and the log2 of the sum of exponentials, [T, H] fp32."""
     length, heads, width = q.shape
     out, lse = torch.empty_like(q), torch.empty(length, heads, device=q.device, dtype=torch.float32)
-    arguments = (*keys.arguments, sink, out, lse, width**-0.5 * LOG2E.value)
+    arguments = (sink, out, lse, width**-0.5 * LOG2E.value)
     k = keys.rows.shape[-1] if keys.kind == GATHERED else 0
     if on_hopper(q, keys):
-        kernel_hopper.forward[(length, heads // 64)](q, keys.x, *arguments, length, heads=heads, k=k, **keys.sizes, num_warps=8)
+        total = length * heads // 64
+        kernel_hopper_forward.forward[(min(total, PROCESSORS),)](
+            q, keys.x, *keys.arguments_on_hopper, *arguments, length, total, heads=heads, k=k, **keys.sizes, num_warps=4
+        )
     else:
         head_block = _head_block(heads)
         kernel_forward.forward[(length, triton.cdiv(heads, head_block))](
-            q, *keys.halves, *arguments, head_block=head_block, k=k, **keys.sizes, **_shape(q), **_tiles(q, "forward")
+            q, *keys.halves, *keys.arguments, *arguments, head_block=head_block, k=k, **keys.sizes, **_shape(q), **_tiles(q, "forward")
         )
     return out, lse
 
@@ -175,15 +190,19 @@ def probabilities(q: Tensor, keys: Keys, results: tuple[Tensor, Tensor, Tensor])
     length, heads, width = q.shape
     slots = keys.row.window + keys.slots
     p, ds = (torch.empty(length, slots, heads, device=q.device, dtype=q.dtype) for _ in range(2))
-    delta = torch.empty_like(lse)
-    arguments = (*keys.arguments, out, grad, lse, delta, p, ds, width**-0.5, width**-0.5 * LOG2E.value)
+    delta, rows = torch.empty_like(lse), length * heads
+    kernel_backward.delta[(triton.cdiv(rows, 16),)](out, grad, delta, rows, width=width, block=16)
+    arguments = (grad, lse, delta, p, ds, width**-0.5, width**-0.5 * LOG2E.value)
     sizes = {**keys.sizes, "slots": slots, "k": keys.rows.shape[-1] if keys.kind == GATHERED else 0}
     if on_hopper(q, keys):
-        kernel_hopper.probabilities[(length, heads // 64)](q, keys.x, *arguments, length, heads=heads, **sizes, num_warps=8)
+        total = length * heads // 64
+        kernel_hopper_scores.probabilities[(min(total, PROCESSORS),)](
+            q, keys.x, *keys.arguments_on_hopper, *arguments, length, total, heads=heads, **sizes, num_warps=4
+        )
     else:
         head_block = _head_block(heads)
         kernel_backward.probabilities[(length, triton.cdiv(heads, head_block))](
-            q, *keys.halves, *arguments, head_block=head_block, **sizes, **_shape(q), **_tiles(q, "probabilities")
+            q, *keys.halves, *keys.arguments, *arguments, head_block=head_block, **sizes, **_shape(q), **_tiles(q, "probabilities")
         )
     return p, ds, delta
 
@@ -237,7 +256,7 @@ def _owned(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor], bounds: 
     arguments = (*products, places, *bounds, out, number, most)
     sizes = {"heads": heads, **keys.sizes, "slots": p.shape[1], "block": block, "width_block": width_block}
     if hopper:
-        kernel_hopper.key_gradient[(*grid, parts)](*arguments, **sizes, num_warps=8)
+        kernel_hopper_keys.key_gradient[(*grid, parts)](*arguments, **sizes, num_warps=8)
     else:
         kernel_backward.key_gradient[(*grid, parts)](*arguments, **{**_shape(q), **tiles, **sizes})
     return out[0] if parts == 1 else out.sum(0).to(q.dtype)

@@ -23,15 +23,25 @@ def _weigh(key, seen, qt, dot, lse, delta, scale, log2_scale, precision: tl.cons
 
 
 @triton.jit
+def delta(out, grad, delta, rows, width: tl.constexpr, block: tl.constexpr):
+    """Write the sum of out * grad of `block` rows [K], fp32: delta [rows], out and grad [rows, K]."""
+    row = tl.program_id(0) * block + tl.arange(0, block)
+    place = row.to(tl.int64)[:, None] * width + tl.arange(0, width)[None, :]
+    there = row[:, None] < rows
+    o = tl.load(out + place, mask=there, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(o * tl.load(grad + place, mask=there, other=0.0).to(tl.float32), 1), mask=row < rows)
+
+
+@triton.jit
 def probabilities(
-    q, kv, ckv, cu, sample, rows, base, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale,
+    q, kv, ckv, cu, sample, rows, base, count, grad, lse, delta, p_out, ds_out, scale, log2_scale,
     heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k: tl.constexpr, kind: tl.constexpr, slots: tl.constexpr,
     head_block: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Write P and dS of one query and `head_block` heads, and delta = sum of out * grad.
+    """Write P and dS of one query and `head_block` heads.
 
     Args:
-        q, out, grad: [T, H, K]; kv, ckv, cu, sample, rows, base, count as in `forward`. lse: [T, H]. delta: [T, H] fp32 out.
+        q, grad: [T, H, K]; kv, ckv, cu, sample, rows, base, count as in `forward`. lse, delta: [T, H].
         p_out, ds_out: [T, slots, H] out; slots that the query does not see are left as they are. dS is scaled by 1 / sqrt(K).
     """
     t = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -39,11 +49,9 @@ def probabilities(
     there = head < heads
     dims = tl.arange(0, width)
     place = (t.to(tl.int64) * heads + head)[:, None] * width + dims[None, :]
-    do = tl.load(grad + place, mask=there[:, None], other=0.0)
-    d = tl.sum(do.to(tl.float32) * tl.load(out + place, mask=there[:, None], other=0.0).to(tl.float32), 1)
-    tl.store(delta + t * heads + head, d, mask=there)
-    dot = tl.trans(do)
+    dot = tl.trans(tl.load(grad + place, mask=there[:, None], other=0.0))
     qt = tl.trans(tl.load(q + place, mask=there[:, None], other=0.0))
+    d = tl.load(delta + t * heads + head, mask=there, other=0.0)
     norm = tl.load(lse + t * heads + head, mask=there, other=0.0)
     start = tl.load(cu + tl.load(sample + t)).to(tl.int32)
     unseen = tl.maximum(start - (t - window + 1), 0)

@@ -17,23 +17,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def prepare(indices, base, rows, count, places, k: tl.constexpr, most, block: tl.constexpr, inverse: tl.constexpr):
-    """Turn one query's local entry numbers into rows of the pool, count them, and note each entry's place in the list.
+    """Turn one query's local entry numbers into rows of the pool, those there are first, and note each entry's place among them.
 
     Args:
         indices: [T, k] integer, -1 for none.
         base: [T] int64, the first row of the query's sample.
-        rows: [T, k] int32 out, -1 for none.
-        count: [T] int32 out, one past the last listed.
+        rows: [T, k] int32 out, as far as `count`.
+        count: [T] int32 out, how many are listed.
         places: [T, most] int16 out where `inverse`, already -1.
     """
     t = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, block)
     number = tl.load(indices + t * k + slot, mask=slot < k, other=-1).to(tl.int64)
     listed = number >= 0
-    tl.store(rows + t * k + slot, tl.where(listed, number + tl.load(base + t), -1).to(tl.int32), mask=slot < k)
-    tl.store(count + t, tl.max(tl.where(listed, slot + 1, 0), 0))
+    place = tl.cumsum(listed.to(tl.int32), 0) - 1
+    tl.store(rows + t * k + place, (number + tl.load(base + t)).to(tl.int32), mask=listed)
+    tl.store(count + t, tl.sum(listed.to(tl.int32), 0))
     if inverse:
-        tl.store(places + t * most + number, slot.to(tl.int16), mask=listed & (number < most))
+        tl.store(places + t * most + number, place.to(tl.int16), mask=listed & (number < most))
 
 
 @triton.jit
@@ -50,8 +51,7 @@ def pool_rows(rows, t, base, count, first, kind: tl.constexpr, k: tl.constexpr, 
     slot = first + tl.arange(0, block)
     seen = slot < count
     if kind == GATHERED:
-        row = tl.load(rows + t * k + slot, mask=seen, other=-1)
-        return row, row >= 0
+        return tl.load(rows + t * k + slot, mask=seen, other=0), seen
     else:
         return base + slot, seen
 

@@ -1,0 +1,116 @@
+"""The keys' gradient of sparse attention on Hopper, for 512 channels and heads in 64s.
+
+Two warpgroups sum P^T grad + dS^T Q of a block of keys over the queries that see them. The operands of the next query are copied while
+those of one are multiplied, rows of weights by their slot, zeros where a query does not see a key.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
+
+from model.kernels.sparse_attention.kernel_hopper_forward import GATHERED, NONE, TILE, WIDTH, copy
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+"""What Triton 3.6 calls otherwise than 3.9."""
+
+
+@gluon.jit
+def copy_block(target, x, row, first, width: gl.constexpr, layout: gl.constexpr):
+    """Start copying `width` channels from `first` on of rows of `x` [*, 512]; the caller ends the group."""
+    channel = first + gl.arange(0, width, layout=gl.SliceLayout(0, layout))
+    copy(target, x + row.to(gl.int64)[:, None] * WIDTH + channel[None, :])
+
+
+@gluon.jit
+def copy_weights(target, x, row, slot, seen, heads: gl.constexpr, slots: gl.constexpr, layout: gl.constexpr):
+    """Start copying 64 heads of one query's row [slots, H] of `x` at a slot for each key, zeros for keys that it does not see."""
+    head = row % (heads // TILE) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
+    place = (row // (heads // TILE)).to(gl.int64) * slots + slot
+    copy(target, x + place[:, None] * heads + head[None, :], mask=seen[:, None])
+
+
+@gluon.jit
+def read_places(places, local, begin, end, query, most, kind: gl.constexpr):
+    """Start reading where each key stands in one query's list (GATHERED)."""
+    place = local
+    if kind == GATHERED:
+        place = gl.load(places + query.to(gl.int64) * most + local, mask=(begin <= query) & (query < end), other=-1)
+    return place
+
+
+@gluon.jit
+def key_slots(place, key, begin, end, query, window: gl.constexpr, kind: gl.constexpr):
+    """Return the slot of each key in one query's row, from what `read_places` gave, and whether the query sees it."""
+    seen = (begin <= query) & (query < end)
+    if kind == NONE:
+        slot = key - query + window - 1
+    else:
+        slot = window + place.to(gl.int32)
+        seen = seen & (place >= 0)
+    return slot, seen
+
+
+@gluon.jit
+def key_gradient(
+    q, grad, p, ds, places, begin, end, local, dkeys, number, most,
+    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
+    block: gl.constexpr, width_block: gl.constexpr,
+):  # fmt: skip
+    """Write P^T grad + dS^T Q; as `kernel_backward.key_gradient`, with block * width_block = 32768, so that a thread sums 128 numbers."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4 if block == 64 else 8, 2 if block == 64 else 1], [16, 128 if block == 256 else 256, 16]
+    )
+    weights_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2 if block == 256 else 1, 16 if block == 256 else 32], [8, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    weights = gl.allocate_shared_memory(q.dtype.element_ty, [4, block, TILE], shared)
+    values = gl.allocate_shared_memory(q.dtype.element_ty, [4, TILE, width_block], shared)
+
+    first = gl.program_id(0) * block
+    low = gl.load(begin + first)
+    high = gl.load(end + gl.minimum(first + block, number) - 1)
+    part = (high - low + gl.num_programs(2) - 1) // gl.num_programs(2)
+    low = low + gl.program_id(2) * part
+    steps = gl.maximum(gl.minimum(part, high - low), 0) * (heads // TILE)
+    key = first + gl.arange(0, block, layout=gl.SliceLayout(1, weights_layout))
+    key_begin = gl.load(begin + key, mask=key < number, other=0)
+    key_end = gl.load(end + key, mask=key < number, other=0)
+    key_local = key
+    if kind != NONE:
+        key_local = gl.load(local + key, mask=key < number, other=0)
+    channel = gl.program_id(1) * width_block
+    row = low * (heads // TILE)
+    tile_rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
+    place = read_places(places, key_local, key_begin, key_end, low, most, kind)
+    slot, seen = key_slots(place, key, key_begin, key_end, low, window, kind)
+    if steps > 0:
+        copy_weights(weights.index(0), p, row, slot, seen, heads, slots, weights_layout)
+        copy_weights(weights.index(1), ds, row, slot, seen, heads, slots, weights_layout)
+        copy_block(values.index(0), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
+        copy_block(values.index(1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
+    async_copy.commit_group()
+    place = read_places(places, key_local, key_begin, key_end, low + TILE // heads, most, kind)
+    total = gl.zeros([block, width_block], gl.float32, layout)
+    for i in range(steps):
+        here = (2 * i) & 3
+        ahead = here ^ 2
+        row += 1
+        async_copy.wait_group(0)
+        barrier()
+        acc = warpgroup_mma(weights.index(here), values.index(here), total, is_async=True)
+        acc = warpgroup_mma(weights.index(here + 1), values.index(here + 1), acc, is_async=True)
+        slot, seen = key_slots(place, key, key_begin, key_end, low + (i + 1) * TILE // heads, window, kind)
+        place = read_places(places, key_local, key_begin, key_end, low + (i + 2) * TILE // heads, most, kind)
+        if i + 1 < steps:
+            copy_weights(weights.index(ahead), p, row, slot, seen, heads, slots, weights_layout)
+            copy_weights(weights.index(ahead + 1), ds, row, slot, seen, heads, slots, weights_layout)
+            copy_block(values.index(ahead), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
+            copy_block(values.index(ahead + 1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
+        async_copy.commit_group()
+        total = warpgroup_mma_wait(0, [acc])
+    key = first + gl.arange(0, block, layout=gl.SliceLayout(1, layout))
+    target = (gl.program_id(2).to(gl.int64) * number + key)[:, None] * WIDTH + channel
+    target = target + gl.arange(0, width_block, layout=gl.SliceLayout(0, layout))[None, :]
+    gl.store(dkeys + target, total.to(dkeys.dtype.element_ty), mask=(key < number)[:, None])

@@ -1,0 +1,147 @@
+"""P and dS of sparse attention on Hopper, for 512 channels and heads in 64s: one warpgroup copies, two multiply every other tile each.
+
+Scores and their gradient are made transposed, [keys, heads], from one read of the keys, which come in quarters of their channels.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+
+from model.kernels.sparse_attention.kernel_hopper_forward import PIECE, TILE, WIDTH, copy, copy_rows, listed_rows, slots_of
+
+RING = gl.constexpr(3)
+"""Pieces in flight for each of the two that multiply; what shared memory holds beside queries and output gradients."""
+
+
+@gluon.jit
+def _copy_piece(ring, x, row, piece, turn, bars, side: gl.constexpr, layout: gl.constexpr):
+    """Start copying one quarter of rows of keys [*, 512] to the next place of one ring, when it comes free."""
+    here = side * RING + turn % RING
+    channel = piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+    mbarrier.wait(bars.index(2 * RING + here), (turn // RING & 1) ^ 1)
+    copy(ring.index(here), x + row.to(gl.int64)[:, None] * WIDTH + channel[None, :])
+    async_copy.mbarrier_arrive(bars.index(here), increment_count=False)
+
+
+@gluon.jit
+def _copy(
+    q, grad, keys, rows, position, base, count, tokens, total, operands, ring, bars,
+    heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
+):  # fmt: skip
+    """Fill the rings, query after query: a pair of tiles at a time, one for each side."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    index = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    even = 0
+    odd = 0
+    turn = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        t = tokens - 1 - item // (heads // TILE)
+        first, last = slots_of(position, count, t, window, kind)
+        head_row = t * heads + item % (heads // TILE) * TILE + index
+        mbarrier.wait(bars.index(4 * RING + 1), (turn & 1) ^ 1)
+        copy_rows(operands, 0, q, head_row, layout)
+        copy_rows(operands, 4, grad, head_row, layout)
+        async_copy.mbarrier_arrive(bars.index(4 * RING), increment_count=False)
+        turn += 1
+        end = (last + TILE - 1) // TILE
+        for j in range(first // TILE, end, 2):
+            row = listed_rows(rows, base, t, j * TILE + index, first, last, tokens, window, k, kind)
+            other = listed_rows(rows, base, t, j * TILE + TILE + index, first, last, tokens, window, k, kind)
+            for piece in gl.static_range(4):
+                _copy_piece(ring, keys, row, piece, even, bars, 0, layout)
+                even += 1
+                if j + 1 < end:
+                    _copy_piece(ring, keys, other, piece, odd, bars, 1, layout)
+                    odd += 1
+
+
+@gluon.jit
+def _multiply(
+    position, count, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr, side: gl.constexpr,
+):  # fmt: skip
+    """Write P and dS of every other tile, one query after the other."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    head = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
+    index = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    count_pieces = 0
+    turn = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        t = tokens - 1 - item // (heads // TILE)
+        column = item % (heads // TILE) * TILE + head
+        first, last = slots_of(position, count, t, window, kind)
+        norm = gl.load(lse + t * heads + column)
+        mean = gl.load(delta + t * heads + column) * scale
+        mbarrier.wait(bars.index(4 * RING), turn & 1)
+        turn += 1
+        for j in range(first // TILE + side, (last + TILE - 1) // TILE, 2):
+            s = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout))
+            d = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout))
+            before = 0
+            for piece in gl.static_range(4):
+                here = side * RING + count_pieces % RING
+                mbarrier.wait(bars.index(here), count_pieces // RING & 1)
+                s = warpgroup_mma(ring.index(here), operands.index(piece).permute((1, 0)), s, use_acc=piece > 0, is_async=True)
+                d = warpgroup_mma(ring.index(here), operands.index(4 + piece).permute((1, 0)), d, use_acc=piece > 0, is_async=True)
+                if piece > 0:
+                    s, d = warpgroup_mma_wait(2, [s, d])
+                    s, d = warpgroup_mma_init(s), warpgroup_mma_init(d)
+                    mbarrier.arrive(bars.index(2 * RING + before), count=1)
+                before = here
+                count_pieces += 1
+            s, d = warpgroup_mma_wait(0, [s, d])
+            mbarrier.arrive(bars.index(2 * RING + before), count=1)
+            slot = j * TILE + index
+            p = gl.exp2(s * log2_scale - norm[None, :])
+            ds = p * (d * scale - mean[None, :])
+            place = (t.to(gl.int64) * slots + slot)[:, None] * heads + column[None, :]
+            seen = ((slot >= first) & (slot < last))[:, None]
+            gl.store(p_out + place, p.to(p_out.dtype.element_ty), mask=seen)
+            gl.store(ds_out + place, ds.to(ds_out.dtype.element_ty), mask=seen)
+        mbarrier.arrive(bars.index(4 * RING + 1), count=1)
+
+
+@gluon.jit
+def probabilities(
+    q, keys, rows, position, base, count, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total,
+    heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
+):  # fmt: skip
+    """Write P and dS as `kernel_backward.probabilities`, from keys [T + C, 512], window above pool, and lists whose entries come first.
+
+    Args:
+        position: [T] int64, where a token stands in its sample. total: queries times tiles of 64 heads, shared among the programs.
+    """
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    operands = gl.allocate_shared_memory(q.dtype.element_ty, [8, TILE, PIECE], shared)
+    ring = gl.allocate_shared_memory(q.dtype.element_ty, [2 * RING, TILE, PIECE], shared)
+    bars = gl.allocate_shared_memory(gl.int64, [4 * RING + 2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * RING):
+        mbarrier.init(bars.index(i), count=128)
+        mbarrier.init(bars.index(2 * RING + i), count=1)
+    mbarrier.init(bars.index(4 * RING), count=128)
+    mbarrier.init(bars.index(4 * RING + 1), count=2)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    position, count, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+                    heads, window, kind, slots, 0,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    position, count, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+                    heads, window, kind, slots, 1,
+                ),
+            ),
+            (_copy, (q, grad, keys, rows, position, base, count, tokens, total, operands, ring, bars, heads, window, k, kind)),
+        ],
+        [4, 4],
+        [200, 104],
+    )
+    # fmt: on

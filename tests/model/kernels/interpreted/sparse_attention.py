@@ -1,0 +1,109 @@
+"""The Triton kernels of sparse attention equal their definition, in value and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kernels import choice
+from model.kernels.indexer.reference import top_entries
+from model.kernels.sparse_attention import fused, reference
+from model.kernels.sparse_attention.op import sparse_attention
+from model.layout import PackedRow
+
+CONFIG = ModelConfig(
+    num_hidden_layers=2, compress_ratios=[4, 8], num_nextn_predict_layers=0, head_dim=16, qk_rope_head_dim=8, sliding_window=24
+)
+KINDS = {"window": 0, "all": 4, "selected": 4, "heavy": 8}
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled() -> Iterator[None]:
+    """Fill what is allocated with NaN, so that an element that no kernel writes is seen, and run the kernels."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    choice.choose("triton")
+    yield
+    choice.choose(None)
+    torch.use_deterministic_algorithms(before)
+
+
+def case(lengths: list[int], kind: str, *, heads: int = 3, width: int = 16, config: ModelConfig = CONFIG, selected: int = 5) -> dict:
+    """Make random inputs of a packed row, fp32."""
+    total, ratio = sum(lengths), KINDS[kind]
+    row = PackedRow(config, torch.tensor([0, *lengths]).cumsum(0), total)
+    make = {"dtype": torch.float32}
+    inputs = {"q": torch.randn(total, heads, width, **make), "kv": torch.randn(total, width, **make), "ckv": None, "indices": None}
+    inputs["sink"] = torch.randn(heads, **make)
+    if ratio:
+        inputs["ckv"] = torch.randn(len(row.entries[ratio].first), width, **make)
+    if kind == "selected":
+        most = max(row.entries[4].most, 1)
+        hidden = torch.arange(most) >= row.entries[4].visible[:, None]
+        scores = torch.rand(total, most).masked_fill(hidden, -torch.inf)
+        inputs["indices"] = top_entries(scores, min(selected, most))
+    return {"row": row, "ratio": ratio, "inputs": inputs, "grad": torch.randn(total, heads, width, **make)}
+
+
+def evaluate(op, case: dict, dtype: torch.dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Return the output and the gradients of q, kv, sink and ckv."""
+    inputs = {n: t.to(dtype).requires_grad_() if t is not None and t.is_floating_point() else t for n, t in case["inputs"].items()}
+    out = op(*(inputs[name] for name in ("q", "kv", "ckv", "indices", "sink")), row=case["row"], ratio=case["ratio"])
+    leaves = [inputs[name] for name in ("q", "kv", "sink", "ckv") if inputs[name] is not None]
+    grads = torch.autograd.grad(out, leaves, case["grad"].to(dtype), allow_unused=True)
+    return [out, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))]
+
+
+@pytest.mark.parametrize("lengths", [[1], [7], [40, 5, 1, 29]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_definition(lengths: list[int], kind: str) -> None:
+    torch.manual_seed(0)
+    x = case(lengths, kind)
+    for got, expected in zip(evaluate(sparse_attention, x, torch.float32), evaluate(reference.sparse_attention, x, torch.float32)):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [1, 16, 80])
+def test_any_number_of_heads(heads: int) -> None:
+    torch.manual_seed(1)
+    x = case([9, 20], "selected", heads=heads, width=32)
+    for got, expected in zip(evaluate(sparse_attention, x, torch.float32), evaluate(reference.sparse_attention, x, torch.float32)):
+        torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_scattered_gradient_equals_the_owned() -> None:
+    torch.manual_seed(2)
+    x = case([60, 13], "selected", selected=3)
+    owned = evaluate(sparse_attention, x, torch.float32)
+    torch.use_deterministic_algorithms(False)
+    fused.DENSE, before = 0, fused.DENSE
+    try:
+        scattered = evaluate(sparse_attention, x, torch.float32)
+    finally:
+        fused.DENSE = before
+    for got, expected in zip(scattered, owned):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_queries_that_select_nothing_see_their_window() -> None:
+    torch.manual_seed(3)
+    x = case([40], "selected")
+    x["inputs"]["indices"].fill_(-1)
+    got = evaluate(sparse_attention, x, torch.float32)
+    for value, expected in zip(got, evaluate(reference.sparse_attention, x, torch.float32)):
+        torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4)
+    assert not got[-1].any()
+
+
+def test_a_sink_above_all_scores_takes_the_output() -> None:
+    torch.manual_seed(4)
+    x = case([12], "all")
+    x["inputs"]["sink"].fill_(300.0)
+    got = evaluate(sparse_attention, x, torch.float32)
+    assert all(bool(value.isfinite().all()) for value in got)
+    torch.testing.assert_close(got[0], torch.zeros_like(got[0]), atol=1e-20, rtol=0)
