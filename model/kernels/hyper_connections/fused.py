@@ -20,7 +20,8 @@ PROGRAMS = 256
 GROUP = 2048
 """Tokens whose share of the gradient of `fn` one program sums."""
 MIX = {"BLOCK": 2048, "num_warps": 8}
-GATE_TOKENS, GATE_WARPS = 32, 4
+COLLAPSE = {"TOKENS": 8, "BLOCK": 512, "num_warps": 8}
+GATES = {"TOKENS": 8, "BLOCK": 512, "num_warps": 8}
 
 
 def _halves(streams: Tensor) -> bool:
@@ -28,14 +29,7 @@ def _halves(streams: Tensor) -> bool:
     return streams.dtype in (torch.bfloat16, torch.float16)
 
 
-def _parts(fn: Tensor, streams: Tensor) -> Tensor:
-    split = _halves(streams)
-    parts = torch.empty((1 + split) * ROWS, fn.shape[1], dtype=streams.dtype, device=fn.device)
-    kernel.split_rows[(ROWS, triton.cdiv(fn.shape[1], 1024))](fn, parts, fn.shape[1], SPLIT=split, BLOCK=1024, num_warps=4)
-    return parts
-
-
-def _projections(streams: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+def _projections(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
     """Return the product with `fn` [S, T, 32] and the sum of squares [S, T], over S slices of the width."""
     tokens, width = len(streams), streams[0].numel()
     tiles = triton.cdiv(tokens, PROJECT["TOKENS"])
@@ -43,7 +37,7 @@ def _projections(streams: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
     slices = triton.cdiv(width, part)
     raw = torch.empty(slices, tokens, ROWS, dtype=torch.float32, device=streams.device)
     squares = raw.new_empty(slices, tokens)
-    kernel.project[(tiles, slices)](streams, parts, raw, squares, tokens, width, part, _halves(streams), **PROJECT)
+    kernel.project[(tiles, slices)](streams, fn, raw, squares, tokens, width, part, _halves(streams), **PROJECT)
     return raw, squares
 
 
@@ -57,56 +51,51 @@ class MixIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: ModelConfig):
         streams, fn = streams.contiguous(), fn.contiguous()
-        tokens, count, width = streams.shape
-        parts = _parts(fn, streams)
-        raw, squares = _projections(streams, parts)
+        tokens, _, width = streams.shape
+        raw, squares = _projections(streams, fn)
+        collapsed = streams.new_empty(tokens, width)
         sizes = {"pre": (tokens, 4), "post": (tokens, 4), "comb": (tokens, 4, 4), "mixes": (tokens, ROWS), "inverse": (tokens,)}
         gates = {name: raw.new_empty(size) for name, size in sizes.items()}
-        kernel.gates[(triton.cdiv(tokens, GATE_TOKENS),)](
-            raw, squares, base, scale, *gates.values(), tokens, count * width, len(raw), config.rms_norm_eps, config.hc_eps,
-            ITERATIONS=config.hc_sinkhorn_iters, TOKENS=GATE_TOKENS, num_warps=GATE_WARPS,
+        kernel.collapse[(triton.cdiv(tokens, COLLAPSE["TOKENS"]),)](
+            streams, raw, squares, base, scale, collapsed, *gates.values(), tokens, width, len(raw), config.rms_norm_eps, config.hc_eps,
+            ITERATIONS=config.hc_sinkhorn_iters, **COLLAPSE,
         )  # fmt: skip
-        collapsed = streams.new_empty(tokens, width)
-        block = _mix_block(width)
-        kernel.collapse[(tokens, triton.cdiv(width, block["BLOCK"]))](streams, gates["pre"], collapsed, width, **block)
-        ctx.save_for_backward(streams, parts, base, scale, gates["pre"], gates["mixes"], gates["inverse"])
-        ctx.eps, ctx.iterations, ctx.dtype = config.hc_eps, config.hc_sinkhorn_iters, fn.dtype
+        ctx.save_for_backward(streams, fn, base, scale, gates["pre"], gates["mixes"], gates["inverse"])
+        ctx.eps, ctx.iterations = config.hc_eps, config.hc_sinkhorn_iters
         ctx.set_materialize_grads(False)
         return collapsed, gates["post"], gates["comb"], streams
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dcollapsed, dpost, dcomb, through):
-        streams, parts, base, scale, pre, mixes, inverse = ctx.saved_tensors
+        streams, fn, base, scale, pre, mixes, inverse = ctx.saved_tensors
         tokens, _, width = streams.shape
         if dcollapsed is None:
             dcollapsed = streams.new_zeros(tokens, width)
         dcollapsed = dcollapsed.contiguous()
         dpost = pre.new_zeros(tokens, 4) if dpost is None else dpost.contiguous()
         dcomb = pre.new_zeros(tokens, 4, 4) if dcomb is None else dcomb.contiguous()
-        dpre = torch.empty_like(pre)
-        kernel.collapse_backward[(tokens,)](dcollapsed, streams, dpre, width, BLOCK=triton.next_power_of_2(width), num_warps=8)
-        programs = triton.cdiv(tokens, GATE_TOKENS)
-        draw, dsquare, totals = torch.empty_like(mixes), torch.empty_like(inverse), pre.new_zeros(programs, 2, ROWS)
-        sums = pre.new_empty(programs * GATE_TOKENS, 8 * ctx.iterations)
+        programs = triton.cdiv(tokens, GATES["TOKENS"])
+        draw, dsquare, totals = torch.empty_like(mixes), torch.empty_like(inverse), pre.new_empty(programs, 2, ROWS)
+        sums = pre.new_empty(programs * GATES["TOKENS"], 8 * ctx.iterations)
         kernel.gates_backward[(programs,)](
-            mixes, inverse, base, scale, dpre, dpost, dcomb, draw, dsquare, sums, totals, tokens, 4 * width, ctx.eps,
-            ITERATIONS=ctx.iterations, TOKENS=GATE_TOKENS, num_warps=GATE_WARPS,
+            dcollapsed, streams, mixes, inverse, base, scale, dpost, dcomb, draw, dsquare, sums, totals, tokens, width, ctx.eps,
+            ITERATIONS=ctx.iterations, **GATES,
         )  # fmt: skip
-        dstreams, dfn = _streams_backward(streams, dcollapsed, through, (draw, dsquare, pre), parts)
+        dstreams, dfn = _streams_backward(streams, dcollapsed, through, (draw, dsquare, pre), fn)
         both = totals.sum(0)
-        return dstreams, dfn.to(ctx.dtype), both[0, :24].to(base.dtype), both[1, :3].to(scale.dtype), None
+        return dstreams, dfn.to(fn.dtype), both[0, :24].to(base.dtype), both[1, :3].to(scale.dtype), None
 
 
 def _streams_backward(
-    streams: Tensor, dcollapsed: Tensor, through: Tensor | None, per_token: tuple[Tensor, Tensor, Tensor], parts: Tensor
+    streams: Tensor, dcollapsed: Tensor, through: Tensor | None, per_token: tuple[Tensor, Tensor, Tensor], fn: Tensor
 ) -> tuple[Tensor, Tensor]:
     tokens, _, width = streams.shape
     groups = triton.cdiv(tokens, GROUP)
     dstreams = torch.empty_like(streams)
     dfn = torch.empty(groups, ROWS, 4 * width, dtype=torch.float32, device=streams.device)
     kernel.streams_backward[(4 * triton.cdiv(width, STREAMS["BLOCK"]), groups)](
-        streams, dcollapsed, dcollapsed if through is None else through.contiguous(), *per_token, parts, dstreams, dfn, tokens, width,
+        streams, dcollapsed, dcollapsed if through is None else through.contiguous(), *per_token, fn, dstreams, dfn, tokens, width,
         GROUP, _halves(streams), through is not None, **STREAMS,
     )  # fmt: skip
     return dstreams, dfn[0, :24] if groups == 1 else dfn[:, :24].sum(0)

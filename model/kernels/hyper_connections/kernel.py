@@ -12,22 +12,12 @@ ROWS = tl.constexpr(32)
 
 
 @triton.jit
-def split_rows(fn, parts, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Write fn [24, K] as parts [32 or 64, K]: rounded to the dtype of `parts`, and below that (SPLIT) what the rounding lost."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    wide = tl.load(fn + row * width + columns, columns < tl.where(row < 24, width, 0), 0.0).to(tl.float32)
-    high = wide.to(parts.dtype.element_ty)
-    tl.store(parts + row * width + columns, high, inside)
-    if SPLIT:
-        tl.store(parts + (ROWS + row) * width + columns, (wide - high.to(tl.float32)).to(parts.dtype.element_ty), inside)
+def project(streams, fn, raw, squares, tokens, width, part, SPLIT: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+            STAGES: tl.constexpr):  # fmt: skip
+    """Multiply streams [T, K] by fn^T [24, K] and sum their squares over the K slice of this program: raw [S, T, 32], squares [S, T].
 
-
-@triton.jit
-def project(streams, parts, raw, squares, tokens, width, part, SPLIT: tl.constexpr,
-            TOKENS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Multiply streams [T, K] by parts^T and sum their squares over the K slice of this program: raw [S, T, 32], squares [S, T]."""
+    With SPLIT, fn goes into the products as two numbers of the streams' dtype, which together have (almost) all of its bits.
+    """
     slice_ = tl.program_id(1)
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     seen = rows < tokens
@@ -40,64 +30,68 @@ def project(streams, parts, raw, squares, tokens, width, part, SPLIT: tl.constex
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
         x = tl.load(x_at + columns[None, :], seen[:, None] & inside[None, :], 0.0)
-        at = parts + lines[None, :] * width + columns[:, None]
+        wide = tl.load(fn + lines[None, :] * width + columns[:, None], inside[:, None] & (lines < 24)[None, :], 0.0).to(tl.float32)
         if SPLIT:
-            high = tl.dot(x, tl.load(at, inside[:, None], 0.0), high)
-            low = tl.dot(x, tl.load(at + ROWS * width, inside[:, None], 0.0), low)
+            near = wide.to(x.dtype)
+            high = tl.dot(x, near, high)
+            low = tl.dot(x, (wide - near.to(tl.float32)).to(x.dtype), low)
         else:
-            high = tl.dot(x, tl.load(at, inside[:, None], 0.0), high, input_precision="ieee")
-        wide = x.to(tl.float32)
-        square += tl.sum(wide * wide, 1)
+            high = tl.dot(x, wide, high, input_precision="ieee")
+        x = x.to(tl.float32)
+        square += tl.sum(x * x, 1)
     place = slice_.to(tl.int64) * tokens + rows
     tl.store(raw + place[:, None] * ROWS + lines[None, :], high + low, seen[:, None])
     tl.store(squares + place, square, seen)
 
 
 @triton.jit
-def gates(raw, squares, base, scale, pre, post, comb, mixes, inverse, tokens, width, slices, norm_eps, eps,
-          ITERATIONS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """Turn the projections into pre and post [T, 4] and comb [T, 4, 4]; keep their sum over slices [T, 32] and 1 / rms [T]."""
-    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    seen = rows < tokens
-    four, j, k = tl.arange(0, 4), tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
-    square = tl.zeros([TOKENS], tl.float32)
-    into, out = tl.zeros([TOKENS, 4], tl.float32), tl.zeros([TOKENS, 4], tl.float32)
-    across = tl.zeros([TOKENS, 4, 4], tl.float32)
-    flat, cube = seen[:, None], seen[:, None, None]
-    for part in range(slices):
-        place = (part * tokens + rows).to(tl.int64)
-        square += tl.load(squares + place, seen, 0.0)
-        into += tl.load(raw + place[:, None] * ROWS + four[None, :], flat, 0.0)
-        out += tl.load(raw + place[:, None] * ROWS + 4 + four[None, :], flat, 0.0)
-        across += tl.load(raw + place[:, None, None] * ROWS + 8 + 4 * j + k, cube, 0.0)
-    inv = tl.rsqrt(square / width + norm_eps)
-    tl.store(inverse + rows, inv, seen)
-    tl.store(mixes + rows[:, None] * ROWS + four[None, :], into, flat)
-    tl.store(mixes + rows[:, None] * ROWS + 4 + four[None, :], out, flat)
-    tl.store(mixes + rows[:, None, None] * ROWS + 8 + 4 * j + k, across, cube)
-    into = into * inv[:, None] * tl.load(scale) + tl.load(base + four)[None, :]
-    out = out * inv[:, None] * tl.load(scale + 1) + tl.load(base + 4 + four)[None, :]
-    across = across * inv[:, None, None] * tl.load(scale + 2) + tl.load(base + 8 + 4 * j + k)
-    tl.store(pre + rows[:, None] * 4 + four[None, :], tl.sigmoid(into) + eps, flat)
-    tl.store(post + rows[:, None] * 4 + four[None, :], 2 * tl.sigmoid(out), flat)
-    matrix, _ = sinkhorn_tile(across, comb, eps, ITERATIONS, False)
-    tl.store(comb + rows[:, None, None] * 16 + 4 * j + k, matrix, cube)
+def _of(values, number):
+    """Take one of the columns [B, 4]."""
+    return tl.sum(tl.where(tl.arange(0, 4)[None, :] == number, values, 0.0), 1)
 
 
 @triton.jit
-def collapse(streams, pre, out, width, BLOCK: tl.constexpr):
-    """out = sum_j pre_j X_j, one program a block of a token."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    x = streams + token * 4 * width + columns
-    x0 = tl.load(x, inside, 0.0).to(tl.float32)
-    x1 = tl.load(x + width, inside, 0.0).to(tl.float32)
-    x2 = tl.load(x + 2 * width, inside, 0.0).to(tl.float32)
-    x3 = tl.load(x + 3 * width, inside, 0.0).to(tl.float32)
-    pre += token * 4
-    total = tl.load(pre) * x0 + tl.load(pre + 1) * x1 + tl.load(pre + 2) * x2 + tl.load(pre + 3) * x3
-    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
+def collapse(streams, raw, squares, base, scale, out, pre, post, comb, mixes, inverse, tokens, width, slices, norm_eps, eps,
+             ITERATIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Turn the projections into pre and post [T, 4] and comb [T, 4, 4], and sum the streams: out = sum_j pre_j X_j.
+
+    For the backward pass the projections' sum over slices stays in mixes [T, 32], and 1 / rms in inverse [T].
+    """
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    seen = rows < tokens
+    four, j, k = tl.arange(0, 4)[None, :], tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    square = tl.zeros([TOKENS], tl.float32)
+    into, back = tl.zeros([TOKENS, 4], tl.float32), tl.zeros([TOKENS, 4], tl.float32)
+    across = tl.zeros([TOKENS, 4, 4], tl.float32)
+    flat, cube = seen[:, None], seen[:, None, None]
+    for part in range(slices):
+        place = part * tokens + rows
+        square += tl.load(squares + place, seen, 0.0)
+        into += tl.load(raw + place[:, None] * ROWS + four, flat, 0.0)
+        back += tl.load(raw + place[:, None] * ROWS + 4 + four, flat, 0.0)
+        across += tl.load(raw + place[:, None, None] * ROWS + 8 + 4 * j + k, cube, 0.0)
+    inv = tl.rsqrt(square / (4 * width) + norm_eps)
+    tl.store(inverse + rows, inv, seen)
+    tl.store(mixes + rows[:, None] * ROWS + four, into, flat)
+    tl.store(mixes + rows[:, None] * ROWS + 4 + four, back, flat)
+    tl.store(mixes + rows[:, None, None] * ROWS + 8 + 4 * j + k, across, cube)
+    into = tl.sigmoid(into * inv[:, None] * tl.load(scale) + tl.load(base + four)) + eps
+    tl.store(pre + rows[:, None] * 4 + four, into, flat)
+    back = tl.sigmoid(back * inv[:, None] * tl.load(scale + 1) + tl.load(base + 4 + four))
+    tl.store(post + rows[:, None] * 4 + four, 2 * back, flat)
+    logits = across * inv[:, None, None] * tl.load(scale + 2) + tl.load(base + 8 + 4 * j + k)
+    matrix, _ = sinkhorn_tile(logits, comb, eps, ITERATIONS, False)
+    tl.store(comb + rows[:, None, None] * 16 + 4 * j + k, matrix, cube)
+    into = tl.where(flat, into, 0.0)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = flat & (columns < width)
+        at = streams + rows.to(tl.int64)[:, None] * (4 * width) + columns
+        x0, x1 = tl.load(at, mask, 0.0), tl.load(at + width, mask, 0.0)
+        x2, x3 = tl.load(at + 2 * width, mask, 0.0), tl.load(at + 3 * width, mask, 0.0)
+        total = _of(into, 0)[:, None] * x0.to(tl.float32) + _of(into, 1)[:, None] * x1.to(tl.float32)
+        total += _of(into, 2)[:, None] * x2.to(tl.float32) + _of(into, 3)[:, None] * x3.to(tl.float32)
+        tl.store(out + rows.to(tl.int64)[:, None] * width + columns, total.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -154,59 +148,75 @@ def expand_backward(grad, output, streams, post, comb, doutput, dstreams, dpost,
 
 
 @triton.jit
-def collapse_backward(grad, streams, dpre, width, BLOCK: tl.constexpr):
-    """dpre_j = <d, X_j>, one program a token; BLOCK covers the width."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    d = tl.load(grad + token * width + columns, inside, 0.0).to(tl.float32)
-    for j in tl.static_range(4):
-        x = tl.load(streams + (token * 4 + j) * width + columns, inside, 0.0).to(tl.float32)
-        tl.store(dpre + token * 4 + j, tl.sum(d * x, 0))
+def _along(grad, streams, rows, tokens, width, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """<d, X_j> of some tokens, [TOKENS, 4]."""
+    s0, s1 = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
+    s2, s3 = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
+    lines = rows.to(tl.int64)[:, None]
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = (rows < tokens)[:, None] & (columns < width)
+        at = streams + lines * (4 * width) + columns
+        d = tl.load(grad + lines * width + columns, mask, 0.0).to(tl.float32)
+        x0, x1 = tl.load(at, mask, 0.0), tl.load(at + width, mask, 0.0)
+        x2, x3 = tl.load(at + 2 * width, mask, 0.0), tl.load(at + 3 * width, mask, 0.0)
+        s0 += d * x0.to(tl.float32)
+        s1 += d * x1.to(tl.float32)
+        s2 += d * x2.to(tl.float32)
+        s3 += d * x3.to(tl.float32)
+    four = tl.arange(0, 4)[None, :]
+    even = tl.where(four == 0, tl.sum(s0, 1)[:, None], tl.sum(s2, 1)[:, None])
+    odd = tl.where(four == 1, tl.sum(s1, 1)[:, None], tl.sum(s3, 1)[:, None])
+    return tl.where(four % 2 == 0, even, odd)
 
 
 @triton.jit
-def gates_backward(mixes, inverse, base, scale, dpre, dpost, dcomb, draw, dsquare, sums, totals, tokens, width, eps,
-                   ITERATIONS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def gates_backward(grad, streams, mixes, inverse, base, scale, dpost, dcomb, draw, dsquare, sums, totals, tokens, width, eps,
+                   ITERATIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gradients of the projections draw [T, 32], of the squares' sum (times 2) [T], and this program's share of base's and scale's."""
     program = tl.program_id(0)
     rows = program * TOKENS + tl.arange(0, TOKENS)
     seen = rows < tokens
-    four, j, k = tl.arange(0, 4), tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    four, j, k = tl.arange(0, 4)[None, :], tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
     flat, cube = seen[:, None], seen[:, None, None]
-    narrow, wide = rows[:, None] * ROWS + four[None, :], rows[:, None, None] * ROWS + 8 + 4 * j + k
+    dpre = _along(grad, streams, rows, tokens, width, TOKENS, BLOCK)
+    narrow, wide = rows[:, None] * ROWS + four, rows[:, None, None] * ROWS + 8 + 4 * j + k
     inv = tl.load(inverse + rows, seen, 0.0)
-    into = tl.load(mixes + narrow, flat, 0.0) * inv[:, None]
-    out = tl.load(mixes + narrow + 4, flat, 0.0) * inv[:, None]
+    into, back = tl.load(mixes + narrow, flat, 0.0) * inv[:, None], tl.load(mixes + narrow + 4, flat, 0.0) * inv[:, None]
     across = tl.load(mixes + wide, cube, 0.0) * inv[:, None, None]
-    scale_in, scale_out, scale_across = tl.load(scale), tl.load(scale + 1), tl.load(scale + 2)
-    gate = tl.sigmoid(into * scale_in + tl.load(base + four)[None, :])
-    din = tl.load(dpre + rows[:, None] * 4 + four[None, :], flat, 0.0) * gate * (1 - gate)
-    gate = tl.sigmoid(out * scale_out + tl.load(base + 4 + four)[None, :])
-    dout = 2 * tl.load(dpost + rows[:, None] * 4 + four[None, :], flat, 0.0) * gate * (1 - gate)
-    kept = sums + rows[:, None].to(tl.int64) * (8 * ITERATIONS) + four[None, :]
+    scale_in, scale_back, scale_across = tl.load(scale), tl.load(scale + 1), tl.load(scale + 2)
+    gate = tl.sigmoid(into * scale_in + tl.load(base + four))
+    din = dpre * gate * (1 - gate)
+    gate = tl.sigmoid(back * scale_back + tl.load(base + 4 + four))
+    dback = 2 * tl.load(dpost + rows[:, None] * 4 + four, flat, 0.0) * gate * (1 - gate)
+    kept = sums + rows[:, None].to(tl.int64) * (8 * ITERATIONS) + four
     comb, soft = sinkhorn_tile(across * scale_across + tl.load(base + 8 + 4 * j + k), kept, eps, ITERATIONS, True)
     tl.debug_barrier()
     dmatrix = tl.load(dcomb + rows[:, None, None] * 16 + 4 * j + k, cube, 0.0)
     dacross = sinkhorn_backward_tile(dmatrix, comb, soft, kept, ITERATIONS)
-    totals += program * 2 * ROWS
-    tl.store(totals + four, tl.sum(din, 0))
-    tl.store(totals + 4 + four, tl.sum(dout, 0))
-    tl.store(totals + 8 + tl.arange(0, 4)[:, None] * 4 + four[None, :], tl.sum(dacross, 0))
-    per_in, per_out, per_across = tl.sum(din * into, 1), tl.sum(dout * out, 1), tl.sum(tl.sum(dacross * across, 2), 1)
-    tl.store(totals + ROWS, tl.sum(per_in, 0))
-    tl.store(totals + ROWS + 1, tl.sum(per_out, 0))
-    tl.store(totals + ROWS + 2, tl.sum(per_across, 0))
-    along = per_in * scale_in + per_out * scale_out + per_across * scale_across
-    tl.store(dsquare + rows, -along * inv * inv / width, seen)
+    _sum_gates(totals + program * 2 * ROWS, din, dback, dacross)
+    per_in, per_back, per_across = tl.sum(din * into, 1), tl.sum(dback * back, 1), tl.sum(tl.sum(dacross * across, 2), 1)
+    tl.store(totals + program * 2 * ROWS + ROWS, tl.sum(per_in, 0))
+    tl.store(totals + program * 2 * ROWS + ROWS + 1, tl.sum(per_back, 0))
+    tl.store(totals + program * 2 * ROWS + ROWS + 2, tl.sum(per_across, 0))
+    along = per_in * scale_in + per_back * scale_back + per_across * scale_across
+    tl.store(dsquare + rows, -along * inv * inv / (4 * width), seen)
     tl.store(draw + narrow, din * (scale_in * inv)[:, None], flat)
-    tl.store(draw + narrow + 4, dout * (scale_out * inv)[:, None], flat)
+    tl.store(draw + narrow + 4, dback * (scale_back * inv)[:, None], flat)
     tl.store(draw + wide, dacross * (scale_across * inv)[:, None, None], cube)
-    tl.store(draw + rows[:, None] * ROWS + 24 + tl.arange(0, 8)[None, :], tl.zeros([TOKENS, 8], tl.float32), flat)
 
 
 @triton.jit
-def streams_backward(streams, grad, through, draw, dsquare, pre, parts, dstreams, dfn, tokens, width, group,
+def _sum_gates(at, din, dback, dacross):
+    """Write sums over tokens of the gradients of the 24 mixes."""
+    four = tl.arange(0, 4)
+    tl.store(at + four, tl.sum(din, 0))
+    tl.store(at + 4 + four, tl.sum(dback, 0))
+    tl.store(at + 8 + four[:, None] * 4 + four[None, :], tl.sum(dacross, 0))
+
+
+@triton.jit
+def streams_backward(streams, grad, through, draw, dsquare, pre, fn, dstreams, dfn, tokens, width, group,
                      SPLIT: tl.constexpr, THROUGH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
                      STAGES: tl.constexpr):  # fmt: skip
     """dX_j = pre_j d + draw fn_j + dsquare X_j (+ through), and draw^T X over a group of tokens: dfn [G, 32, 4 D]."""
@@ -216,9 +226,10 @@ def streams_backward(streams, grad, through, draw, dsquare, pre, parts, dstreams
     across = stream * width + columns
     lines = tl.arange(0, ROWS)
     first = tl.program_id(1) * group
-    at = parts + lines[:, None] * (4 * width) + across[None, :]
-    high_fn = tl.load(at, inside[None, :], 0.0)
-    low_fn = tl.load(at + ROWS * 4 * width, inside[None, :], 0.0) if SPLIT else high_fn
+    real = lines < 24
+    wide_fn = tl.load(fn + lines[:, None] * (4 * width) + across[None, :], real[:, None] & inside[None, :], 0.0).to(tl.float32)
+    high_fn = wide_fn.to(streams.dtype.element_ty)
+    low_fn = (wide_fn - high_fn.to(tl.float32)).to(streams.dtype.element_ty)
     total = tl.zeros([BLOCK, ROWS], tl.float32)
     for start in tl.range(first, tl.minimum(first + group, tokens), TOKENS, num_stages=STAGES):
         rows = start + tl.arange(0, TOKENS)
@@ -228,7 +239,7 @@ def streams_backward(streams, grad, through, draw, dsquare, pre, parts, dstreams
         place = wide_rows * (4 * width) + across[None, :]
         x = tl.load(streams + place, mask, 0.0)
         d = tl.load(grad + wide_rows * width + columns[None, :], mask, 0.0).to(tl.float32)
-        weights = tl.load(draw + rows[:, None] * ROWS + lines[None, :], seen[:, None], 0.0)
+        weights = tl.load(draw + rows[:, None] * ROWS + lines[None, :], seen[:, None] & real[None, :], 0.0)
         if SPLIT:
             high = weights.to(x.dtype)
             low = (weights - high.to(tl.float32)).to(x.dtype)
@@ -238,7 +249,7 @@ def streams_backward(streams, grad, through, draw, dsquare, pre, parts, dstreams
             total = tl.dot(tl.trans(x), high, total)
             total = tl.dot(tl.trans(x), low, total)
         else:
-            dx = tl.dot(weights, high_fn, input_precision="ieee")
+            dx = tl.dot(weights, wide_fn, input_precision="ieee")
             total = tl.dot(tl.trans(x), weights, total, input_precision="ieee")
         dx += tl.load(pre + rows * 4 + stream, seen, 0.0)[:, None] * d
         dx += tl.load(dsquare + rows, seen, 0.0)[:, None] * x.to(tl.float32)
