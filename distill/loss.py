@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.reverse_kl.reference import reverse_kl as full_vocabulary_reverse_kl
+from model.kernels.reverse_kl.op import reverse_kl as full_vocabulary_reverse_kl
 from runtime.objective import Rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model.kernels.logprob.reference import token_logprobs
+from model.kernels.logprob.op import token_logprobs
 from runtime.objective import Rows
 
 

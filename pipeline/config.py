@@ -22,6 +22,7 @@ from runtime.config import ClusterConfig, EngineConfig, EvaluationConfig, Sampli
 CONF = Path(__file__).resolve().parent.parent / "conf"
 STAGES = ("base", "experts", "distill", "all")
 DOMAIN_KINDS = ("math", "code", "agent")
+KERNELS = ("auto", "triton", "reference")
 
 
 @dataclass(kw_only=True)
@@ -123,6 +124,10 @@ def problems(config: RunConfig) -> list[str]:
     found += _out_of_range("", config)
     if config.engine.quantization.kv and isinstance(config.model, V32Model) and not config.model.path:
         found.append("engine.quantization.kv: got true, expected false: only V4's cache has this grid")
+    if config.engine.kernels not in KERNELS:
+        found.append(choose("engine.kernels", config.engine.kernels, KERNELS))
+    elif config.engine.kernels == "triton" and not config.cluster.gpus_per_rank:
+        found.append("engine.kernels: got 'triton', but cluster.gpus_per_rank is 0 and Triton needs a GPU; expected auto or reference")
     if config.tracking.wandb not in ("offline", "online", "off"):
         found.append(choose("tracking.wandb", config.tracking.wandb, ("offline", "online", "off")))
     if config.sandbox.backend not in ("auto", "bwrap", "bwrap-clone-filter"):
@@ -216,7 +221,7 @@ def _distill_problems(config: RunConfig) -> list[str]:
 
 _FROM_ONE = (
     "steps tokens_per_step demonstrations save_every prompts_per_step samples_per_prompt train_prompts prompts max_new_tokens max_turns "
-    "row_tokens ranks expert_ranks threads_per_rank updates_per_rollout chunk_tokens slots memory_mib difficulty"
+    "row_tokens rows ranks expert_ranks threads_per_rank updates_per_rollout chunk_tokens slots memory_mib difficulty"
 )
 _FROM_ZERO = (
     "warmup_steps weight_decay final_lr_ratio gpus_per_rank parallel_steps temperature kl_weight off_policy_mask_nats balance_loss_weight "

@@ -129,7 +129,7 @@ class Live:
             "run": f"{self.settings.run} (stage {self.stage}, seed {self.settings.seed})",
             "directory": str(self.settings.run_dir),
             "W&B": wandb,
-            "kernels": "reference (plain PyTorch)",
+            "kernels": _kernels(self.settings),
         }
         for name, value in rows.items():
             self.console.print(f"[dim]{name:<9}[/dim]  {value}", highlight=False, soft_wrap=True)
@@ -165,6 +165,13 @@ def _cells(row: Row, state: dict[str, Any] | None) -> list[RenderableType]:
     said = "  ".join(part for part in (state["note"], headline(metrics)) if part)
     bar = ProgressBar(total=max(1, state["total"]), completed=state["done"], width=24)
     return [bar, f"{state['done']}/{state['total']}", duration(left) if left is not None else "", said, speed]
+
+
+def _kernels(settings: Settings) -> str:
+    chosen, gpu = settings.engine.kernels, settings.cluster.gpus_per_rank > 0
+    if chosen == "triton" or (chosen == "auto" and gpu):
+        return "triton"
+    return "reference (plain PyTorch)" if gpu else "reference (plain PyTorch), decoding compiled (numba) where the model is a V4 in fp32"
 
 
 def _plain(state: dict[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.logprob.reference import token_logprobs
+from model.kernels.logprob.op import token_logprobs
 from runtime.objective import Rows
 
 

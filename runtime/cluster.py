@@ -138,6 +138,7 @@ class _Rank:
 
     def start(self, spec: EngineSpec) -> None:
         """Bring the engine up; every rank must be starting for this to return."""
+        os.environ["DS_ACCELERATOR"] = "cuda" if ray.get_gpu_ids() else "cpu"  # read by deepspeed on import
         from runtime.engine import Engine  # torch and DeepSpeed, which the process that loops does without
 
         self.engine = Engine(spec, self.rank)

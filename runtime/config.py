@@ -45,6 +45,8 @@ class EngineConfig:
     """DeepSpeed's own keys, verbatim (`zero_optimization`, `bf16` ...)."""
     row_tokens: int = 2048
     """Tokens of one packed row, one forward pass. Memory grows with it."""
+    kernels: str = "auto"
+    """`triton` or `reference` (plain torch); `auto` is Triton on a GPU."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +80,8 @@ class SamplingConfig:
     """Sampled tokens of one sample, all turns together."""
     max_turns: int = 1
     """Assistant turns; above 1 only for domains with an environment."""
+    rows: int = 256
+    """Samples that one rank decodes together."""
     speculative: bool = False
     """Let the model's MTP block draft every other token; what is sampled has the same distribution."""
 

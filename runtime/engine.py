@@ -17,7 +17,8 @@ import torch.distributed as dist
 from domains.types import Prompt, Sample
 from model import weights
 from model.cpu import keep_freed_memory, prefer_onednn
-from model.kernels.logprob.reference import token_logprobs
+from model.kernels.choice import choose
+from model.kernels.logprob.op import token_logprobs
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.batch import Batch
@@ -35,10 +36,13 @@ class Engine:
     def __init__(self, spec: EngineSpec, rank: int = 0) -> None:
         self.spec, self.rank = spec, rank
         torch.set_num_threads(spec.threads)
+        choose(None if spec.kernels == "auto" else spec.kernels)
         prefer_onednn()
         keep_freed_memory()
         join_ranks(spec, rank)
-        model = weights.load(Path(spec.model))
+        self.device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+        self.dtype = torch.bfloat16 if spec.deepspeed.get("bf16", {}).get("enabled") else torch.float32
+        model = self._load(spec.model)
         self.tokenizer = Tokenizer.load(Path(spec.model))
         freeze(model, train_mtp=spec.train_mtp, train_indexer=spec.train_indexer)
         self.objective = Objective(model)
@@ -55,7 +59,7 @@ class Engine:
         self.stage = self.deepspeed.zero_optimization_stage()
         self.optimizer = optimizer
         optimizer.layouts = layouts_of(self.deepspeed.optimizer, self.stage)
-        self.frozen = {name: weights.load(Path(path)).requires_grad_(False).eval() for name, path in spec.frozen.items()}
+        self.frozen = {name: self._load(path).requires_grad_(False).eval() for name, path in spec.frozen.items()}
         for each in (model, *self.frozen.values()):
             each.quantize(**asdict(spec.quantization))
         self.generator = Generator(model, self.tokenizer, spec.domains, spec.sandbox)
@@ -136,6 +140,9 @@ class Engine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def _load(self, directory: str) -> Transformer:
+        return weights.load(Path(directory), dtype=self.dtype, device=self.device)
+
     def _whole_weights(self) -> Any:
         """Under ZeRO 3, gather the parameters for the duration; otherwise they are whole already."""
         return deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3)
@@ -159,7 +166,8 @@ def join_ranks(spec: EngineSpec, rank: int) -> None:
     if cpu:
         # Its shared-memory all-reduce is compiled with g++ at first use; gloo does the same work without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.update(LOCAL_RANK=str(0 if cpu else rank), RANK=str(rank), WORLD_SIZE=str(spec.ranks))
+    # Ray shows every rank its own GPU alone, as device 0.
+    os.environ.update(LOCAL_RANK="0", RANK=str(rank), WORLD_SIZE=str(spec.ranks))
     deepspeed.init_distributed(
         dist_backend="gloo" if cpu else "nccl",
         init_method=spec.rendezvous,

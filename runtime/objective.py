@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.kernels.logprob.reference import token_logprobs
+from model.kernels.logprob.op import token_logprobs
 from model.transformer import Transformer
 from runtime.batch import Batch
 from runtime.spec import LossSpec

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.kernels.newton_schulz.op import orthogonalize
 from runtime.config import OptimizerConfig
 
+
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """Say whether Muon trains a parameter: every matrix but the embedding, the head and the mHC gating factors.
 

@@ -25,6 +25,7 @@ def running_ranks(context: StepContext, spec: EngineSpec) -> Iterator[tuple[Trai
         spec,
         deepspeed=context.engine.deepspeed,
         quantization=context.engine.quantization,
+        kernels=context.engine.kernels,
         threads=context.cluster.threads_per_rank,
         sandbox=context.sandbox,
         ranks=context.cluster.ranks,

@@ -21,6 +21,7 @@ class EngineSpec:
         optimizer: how it trains.
         deepspeed: DeepSpeed's own keys.
         quantization: low precision that the models compute with.
+        kernels: `auto`, `triton` or `reference`.
         threads: intra-op threads of this rank.
         frozen: name to directory of the models that losses compare with.
         domains: whose prompts this rank may be asked to answer.
@@ -35,6 +36,7 @@ class EngineSpec:
     optimizer: OptimizerConfig
     deepspeed: dict[str, Any] = field(default_factory=dict)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    kernels: str = "auto"
     threads: int = 1
     frozen: dict[str, str] = field(default_factory=dict)
     domains: dict[str, DomainSetup] = field(default_factory=dict)

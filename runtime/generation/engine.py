@@ -28,8 +28,6 @@ from runtime.generation.speculative import DRAWS, decode_speculatively
 from runtime.step import DomainSetup
 
 logger = logging.getLogger(__name__)
-MAX_ROWS = 256
-"""Rows decoded together."""
 TURN_ALLOWANCE = 96
 """Cache positions kept for what an environment says between two turns; more truncates the sample."""
 
@@ -56,7 +54,7 @@ class Generator:
         Returns:
             P * G samples, those of one prompt together.
         """
-        at_once = max(1, MAX_ROWS // samples)
+        at_once = max(1, sampling.rows // samples)
         decoding = decoder_for(self.model)
         if not self._has_said_how:
             logger.info("decoding in %s", "compiled loops" if is_compiled(self.model) else "torch")
