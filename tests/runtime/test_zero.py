@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from model import weights
+
 PROGRAM = Path(__file__).with_name("rank_program.py")
 
 
@@ -38,3 +40,11 @@ def test_the_curve_goes_down(one_rank):
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)], ids=str)
 def test_every_layout_gives_the_same_curve(model_dir, tmp_path, one_rank, ranks, stage):
     assert curve(model_dir, tmp_path, ranks=ranks, stage=stage) == pytest.approx(one_rank, abs=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["official", "transformers"])
+def test_a_checkpoint_in_any_layout_starts_with_the_same_losses(model_dir, tmp_path, one_rank, layout):
+    exported = tmp_path / layout
+    weights.save(weights.load(model_dir), exported, layout=layout, precision="fp32", companions=model_dir)
+    assert not (exported / "model.safetensors").samefile(model_dir / "model.safetensors")
+    assert curve(exported, tmp_path, ranks=1, stage=0) == one_rank
