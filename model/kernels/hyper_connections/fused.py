@@ -13,15 +13,15 @@ from model.kernels.hyper_connections import kernel
 ROWS = 32
 """The 24 rows of `fn` and of everything laid out like it, filled up."""
 
-PROJECT = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+PROJECT = {"TOKENS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 4}
 STREAMS = {"TOKENS": 64, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
 PROGRAMS = 256
 """Programs that fill a GPU; fewer tokens are split further along the width."""
 GROUP = 2048
 """Tokens whose share of the gradient of `fn` one program sums."""
 MIX = {"BLOCK": 2048, "num_warps": 8}
-COLLAPSE = {"TOKENS": 8, "BLOCK": 512, "num_warps": 8}
-GATES = {"TOKENS": 8, "BLOCK": 512, "num_warps": 8}
+COLLAPSE = {"TOKENS": 2, "BLOCK": 1024, "num_warps": 4}
+GATES = {"TOKENS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 def _halves(streams: Tensor) -> bool:

@@ -247,7 +247,6 @@ def streams_backward(streams, grad, through, draw, dsquare, pre, fn, dstreams, d
             dx = tl.dot(low, high_fn, dx)
             dx = tl.dot(high, low_fn, dx)
             total = tl.dot(tl.trans(x), high, total)
-            total = tl.dot(tl.trans(x), low, total)
         else:
             dx = tl.dot(weights, wide_fn, input_precision="ieee")
             total = tl.dot(tl.trans(x), weights, total, input_precision="ieee")

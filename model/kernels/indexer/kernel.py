@@ -49,26 +49,41 @@ def _number(key):
 
 
 @triton.jit
-def _threshold(key, inside, seen, wanted):
+def _quantile(share):
+    """Return about the number that this share of a normal distribution exceeds. Source: Abramowitz and Stegun 26.2.22."""
+    tail = tl.sqrt(-2 * tl.log(tl.minimum(share, 1 - share)))
+    place = tail - (2.30753 + 0.27061 * tail) / (1 + 0.99229 * tail + 0.04481 * tail * tail)
+    return tl.where(share < 0.5, place, -place)
+
+
+@triton.jit
+def _threshold(score, key, inside, seen, wanted):
     """Find an integer that at least `wanted` keys reach, exactly so many unless they tie there; returns it and how many.
 
-    The place is guessed by interpolation between two bounds, as numbers; every third guess halves the integers between them instead.
+    The first guess takes scores for normally distributed, the next ones interpolate between two bounds (the Illinois rule: a bound that
+    stays counts half); should that not end soon, every other guess halves the integers between the bounds.
     """
-    low = tl.min(tl.where(inside, key, 2147483647), 0)
-    high = tl.max(key, 0).to(tl.int64) + 1
-    reached, above, turn = seen, seen * 0, seen * 0
+    low, high = tl.min(tl.where(inside, key, 2147483647), 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1
+    mean = tl.sum(score, 0) / seen
+    spread = tl.sqrt(tl.sum(tl.where(inside, (score - mean) * (score - mean), 0.0), 0) / seen)
+    guess = _ordered(mean + spread * _quantile(wanted / seen.to(tl.float32))).to(tl.int64)
+    reached, turn, side = seen, seen * 0, seen * 0
+    over, under = (seen - wanted).to(tl.float32) + 0.5, (0 - wanted).to(tl.float32) + 0.5
     while (reached != wanted) & (high - low > 1):
-        share = (reached - wanted).to(tl.float32) / (reached - above).to(tl.float32)
-        bottom, top = _number(low), _number((high - 1).to(tl.int32))
-        guess = _ordered(bottom + (top - bottom) * share).to(tl.int64)
-        guess = tl.where(turn % 3 == 2, (low + high) >> 1, guess)
-        guess = tl.minimum(tl.maximum(guess, low.to(tl.int64) + 1), high - 1)
+        guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
         number = tl.sum((key >= guess.to(tl.int32)).to(tl.int32), 0)
-        enough = number >= wanted
-        low, reached = tl.where(enough, guess.to(tl.int32), low), tl.where(enough, number, reached)
-        high, above = tl.where(enough, high, guess), tl.where(enough, above, number)
+        enough, error = number >= wanted, (number - wanted).to(tl.float32) + 0.5
+        over, under = (
+            tl.where(enough, error, tl.where(side == -1, over * 0.5, over)),
+            tl.where(enough, tl.where(side == 1, under * 0.5, under), error),
+        )
+        low, high, reached = tl.where(enough, guess, low), tl.where(enough, high, guess), tl.where(enough, number, reached)
+        side = tl.where(enough, 1, -1)
         turn += 1
-    return low, reached
+        bottom, top = _number(low.to(tl.int32)), _number((high - 1).to(tl.int32))
+        guess = _ordered(bottom + (top - bottom) * (over / (over - under))).to(tl.int64)
+        guess = tl.where((turn > 12) & (turn % 2 == 0), (low + high) >> 1, guess)
+    return low.to(tl.int32), reached
 
 
 @triton.jit
@@ -90,7 +105,7 @@ def select_rows(scores, base, visible, out, first, stride, wanted, QUERIES: tl.c
         inside = lanes < seen
         score = tl.load(scores + local.to(tl.int64) * stride + begin + lanes, inside, 0.0) + 0.0
         key = tl.where(inside, _ordered(score), -2147483648)
-        threshold, reached = _threshold(key, inside, seen, wanted)
+        threshold, reached = _threshold(score, key, inside, seen, wanted)
         equal = key == threshold
         ties = tl.sum(equal.to(tl.int32), 0)
         kept = (key > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties - (reached - wanted)))

@@ -26,21 +26,24 @@ def _places(groups, per_row, width, GROUP: tl.constexpr, GROUPS: tl.constexpr, W
 
 
 @triton.jit
-def _scale(x, floor, REST: tl.constexpr, SHIFT: tl.constexpr):
-    """Return the ue8m0 byte of each group, 2^ceil(log2(max(amax, floor) / largest)), and 1 / scale and scale [GROUPS, 1].
+def _scale_byte(bits, floor, bound, REST: tl.constexpr, SHIFT: tl.constexpr):
+    """Return the ue8m0 byte of each group, int32, 2^ceil(log2(max(amax, floor) / largest)); 255, NaN, where amax reaches `bound`.
 
-    `floor` comes as the bits of an fp32 number: bits of non-negative numbers have their order.
-
-    With amax = m 2^a and largest = n 2^b the exponent is a - b, one more when m > n: the bits of amax plus REST carry then. Groups with a
-    number that is not finite get 255, which means NaN.
+    Everything comes as the bits of fp32 numbers, which have their order. With amax = m 2^a and largest = n 2^b the exponent is a - b, one
+    more when m > n: the bits of amax plus REST carry then.
     """
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    bits = tl.maximum(bits, floor)
-    finite = bits < 0x7F800000
-    byte = tl.maximum(((tl.minimum(bits, 0x7F800000) + REST) >> 23) - SHIFT, 1)
-    inverse = tl.where(finite, ((254 - byte) << 23).to(tl.float32, bitcast=True), float("nan"))
-    power = tl.where(finite, (byte << 23).to(tl.float32, bitcast=True), float("nan"))
-    return tl.where(finite, byte, 255).to(tl.uint8), inverse[:, None], power[:, None]
+    most = tl.maximum(tl.max(bits & 0x7FFFFFFF, 1), floor)
+    byte = tl.maximum(((tl.minimum(most, 0x7F800000) + REST) >> 23) - SHIFT, 1)
+    return tl.where(most < bound, byte, 255)
+
+
+@triton.jit
+def _scale(x, floor, REST: tl.constexpr, SHIFT: tl.constexpr):
+    """Return the scale's byte [GROUPS], and 1 / scale and scale [GROUPS, 1]; NaN for groups with a number that is not finite."""
+    byte = _scale_byte(x.to(tl.int32, bitcast=True), floor, 0x7F800000, REST, SHIFT)
+    inverse = tl.where(byte < 255, ((254 - byte) << 23).to(tl.float32, bitcast=True), float("nan"))
+    power = tl.where(byte < 255, (byte << 23).to(tl.float32, bitcast=True), float("nan"))
+    return byte.to(tl.uint8), inverse[:, None], power[:, None]
 
 
 @triton.jit
@@ -65,17 +68,23 @@ def quantize_fp8_groups(x, values, scales, groups, per_row, width, floor, REST: 
 @triton.jit
 def quantize_mxfp4_groups(x, packed, scales, groups, per_row, width, floor, REST: tl.constexpr, SHIFT: tl.constexpr,
                           GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Write e2m1 codes, the even column in the low nibble, and ue8m0 scales."""
+    """Write e2m1 codes, the even column in the low nibble, and ue8m0 scales.
+
+    With P the greater of a number's power of two and the scale, |x| + 1.5 * 2^22 P has round(2 |x| / P), ties to even, in its last bits
+    and no division by the scale is needed. Numbers of 2^100 and more count as not finite.
+    """
     group, real, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE)
     wide = tl.load(x + place, inside, 0.0).to(tl.float32)
-    byte, inverse, _ = _scale(wide, floor, REST, SHIFT)
-    tl.store(scales + group, byte, real)
-    scaled = wide * inverse
-    bits = scaled.to(tl.int32, bitcast=True)
-    power = tl.maximum(bits & 0x7F800000, 0x3F800000)
-    halves = tl.abs(scaled) + (power + 0x0B400000).to(tl.float32, bitcast=True)  # the sum's last bits count halves of the power of two
-    code = ((halves.to(tl.int32, bitcast=True) & 7) + (power >> 22) - 254) | ((bits >> 28) & 8)
-    even, odd = tl.split(tl.reshape(code, [GROUPS, GROUP // 2, 2]))
+    bits = wide.to(tl.int32, bitcast=True)
+    byte = _scale_byte(bits, floor, 0x71800000, REST, SHIFT)
+    tl.store(scales + group, byte.to(tl.uint8), real)
+    power = tl.maximum(bits & 0x7F800000, (byte << 23)[:, None])
+    size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    sums = (size + (power + 0x0B400000).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    even, odd = tl.split(tl.reshape((sums & 7) + (sums >> 22), [GROUPS, GROUP // 2, 2]))
+    even_sign, odd_sign = tl.split(tl.reshape(bits, [GROUPS, GROUP // 2, 2]))
+    codes = even + (odd << 4) - (17 * (2 * byte + 45))[:, None]  # the sum's exponent is that of P, 22 more; 45 with the bit below it
+    codes = codes | ((even_sign >> 28) & 0x08) | ((odd_sign >> 24) & 0x80)
     if WHOLE:
         half = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         there = real[:, None] & (tl.arange(0, GROUP // 2) >= 0)[None, :]
@@ -83,7 +92,7 @@ def quantize_mxfp4_groups(x, packed, scales, groups, per_row, width, floor, REST
         column = (group % per_row * (GROUP // 2))[:, None] + tl.arange(0, GROUP // 2)[None, :]
         half = (group // per_row * (width // 2))[:, None] + column
         there = real[:, None] & (column < width // 2)
-    tl.store(packed + half, (even | (odd << 4)).to(tl.uint8), there)
+    tl.store(packed + half, codes.to(tl.uint8), there)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.kernels.quant.kernel import fake_quantize_groups, quantize_fp8_groups, quantize_mxfp4_groups
 
-PROGRAM = {"ELEMENTS": 8192, "num_warps": 8}
+PROGRAM = {"ELEMENTS": 4096, "num_warps": 4}
 """Elements a program, and its warps."""
 
 
@@ -32,7 +32,7 @@ def quantize_fp8(x: Tensor, *, group: int, floor: float = 0.0) -> tuple[Tensor, 
 
 
 def quantize_mxfp4(x: Tensor, *, group: int = 32) -> tuple[Tensor, Tensor]:
-    """Quantise to e2m1, two codes a byte; arguments and scales as `quantize_fp8`, K even. Returns packed int8 [..., K / 2] and scales."""
+    """Quantise to e2m1, two codes a byte; arguments as `quantize_fp8`, K even. Returns packed int8 [..., K / 2], and scales as there."""
     packed = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8, device=x.device)
     scales = _scales(x, group)
     _launch(quantize_mxfp4_groups, (x, packed, scales), group=group, floor=0.0, **_carry(6.0))
