@@ -27,6 +27,12 @@ DENSE = 4
 PROCESSORS = 132
 """Programs that run at once where each takes a whole multiprocessor: an H200's; less even elsewhere, not wrong."""
 
+KEY_BLOCK = 256
+"""Keys of one program of the keys' gradient on Hopper, where there are more than half as many."""
+
+WAVES = 3
+"""Times the processors that programs of the pool's gradient are split into, since early keys are seen by more queries than late ones."""
+
 TILES = {
     "forward": {"block": 64, "num_warps": 4, "num_stages": 2},
     "probabilities": {"block": 64, "num_warps": 4, "num_stages": 2},
@@ -247,10 +253,10 @@ def _owned(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor], bounds: 
     q, _, p, _ = products
     heads, width, number = q.shape[1], q.shape[2], len(bounds[0])
     hopper, tiles = on_hopper(q, keys), _tiles(q, "key_gradient")
-    block = (256 if number > 128 else 128) if hopper else tiles["block"]
+    block = (KEY_BLOCK if 2 * number > KEY_BLOCK else 128) if hopper else tiles["block"]
     width_block = 32768 // block if hopper else min(width, 256)
     grid = triton.cdiv(number, block), width // width_block
-    parts = max(1, min(64, PROCESSORS * (1 if keys.kind == NONE else 3) // (grid[0] * grid[1])))
+    parts = max(1, min(64, PROCESSORS * (1 if keys.kind == NONE else WAVES) // (grid[0] * grid[1])))
     out = torch.empty(parts, number, width, device=q.device, dtype=q.dtype if parts == 1 else torch.float32)
     places, most = (p, 0) if keys.places is None else (keys.places, keys.places.shape[1])
     arguments = (*products, places, *bounds, out, number, most)

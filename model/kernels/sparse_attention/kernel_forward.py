@@ -51,7 +51,8 @@ def pool_rows(rows, t, base, count, first, kind: tl.constexpr, k: tl.constexpr, 
     slot = first + tl.arange(0, block)
     seen = slot < count
     if kind == GATHERED:
-        return tl.load(rows + t * k + slot, mask=seen, other=0), seen
+        row = tl.load(rows + t * k + slot, mask=seen, other=-1)
+        return row, row >= 0
     else:
         return base + slot, seen
 

@@ -1,15 +1,22 @@
 """Sparse attention's forward on Hopper, for 512 channels and heads in 64s: one warpgroup copies, two multiply.
 
-Each of the two has all scores of a query's 64 heads, and one half of the value channels: scores are made twice, and in exchange nothing
-passes between the two, so that one multiplies while the other takes its softmax. A tile of 64 keys is both operands, transposed for the
-scores and plain for the values; the copying warpgroup gathers the rows of the next tiles, of the next query too, into two buffers.
+Keys come in pairs of tiles of 64. Each of the two has the scores of one tile of a pair and half of the value channels; they agree on the
+running maximum and hand each other their weights through shared memory. A tile is both operands, transposed for the scores and plain for
+the values; the copying warpgroup gathers the rows of the next tiles, of the next query too, into two buffers as they come free.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
 WIDTH = gl.constexpr(512)
@@ -17,6 +24,9 @@ TILE = gl.constexpr(64)
 PIECE = gl.constexpr(128)
 """Channels in one piece of shared memory; a row has four."""
 NONE, RANGE, GATHERED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+READY, FREE, MAXIMUM, WEIGHTS = gl.constexpr(0), gl.constexpr(2), gl.constexpr(4), gl.constexpr(6)
+MASS, QUERIES_READY, QUERIES_FREE = gl.constexpr(8), gl.constexpr(10), gl.constexpr(11)
+"""Where the barriers stand: two of each of the first five."""
 
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 """What Triton 3.6 calls otherwise than 3.9."""
@@ -54,6 +64,18 @@ def copy_rows(target, start, x, row, layout: gl.constexpr):
 
 
 @gluon.jit
+def power_of_two(x):
+    """Raise two to a power, to zero what is denormal."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def hidden_zero(x):
+    """Return 0 that the compiler does not know: addresses made from it inside a loop are not kept in registers outside."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _copy(
     q, keys, rows, position, base, count, tokens, total, queries, tiles, bars,
     heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
@@ -61,71 +83,115 @@ def _copy(
     """Fill the buffers, query after query, as they come free."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     index = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-    tile = 0
+    even = 0
+    odd = 0
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
         first, last = slots_of(position, count, t, window, kind)
-        mbarrier.wait(bars.index(5), (turn & 1) ^ 1)
+        mbarrier.wait(bars.index(QUERIES_FREE), (turn & 1) ^ 1)
         copy_rows(queries, 0, q, t * heads + item % (heads // TILE) * TILE + index, layout)
-        async_copy.mbarrier_arrive(bars.index(4), increment_count=False)
+        async_copy.mbarrier_arrive(bars.index(QUERIES_READY), increment_count=False)
         turn += 1
-        for j in range(first // TILE, (last + TILE - 1) // TILE):
+        end = (last + TILE - 1) // TILE
+        for j in range(first // TILE, end, 2):
             row = listed_rows(rows, base, t, j * TILE + index, first, last, tokens, window, k, kind)
-            mbarrier.wait(bars.index(2 + (tile & 1)), ((tile >> 1) & 1) ^ 1)
-            copy_rows(tiles, (tile & 1) * 4, keys, row, layout)
-            async_copy.mbarrier_arrive(bars.index(tile & 1), increment_count=False)
-            tile += 1
+            other = listed_rows(rows, base, t, j * TILE + TILE + index, first, last, tokens, window, k, kind)
+            mbarrier.wait(bars.index(FREE), (even & 1) ^ 1)
+            copy_rows(tiles, 0, keys, row, layout)
+            async_copy.mbarrier_arrive(bars.index(READY), increment_count=False)
+            even += 1
+            if j + 1 < end:
+                mbarrier.wait(bars.index(FREE + 1), (odd & 1) ^ 1)
+                copy_rows(tiles, 4, keys, other, layout)
+                async_copy.mbarrier_arrive(bars.index(READY + 1), increment_count=False)
+                odd += 1
+
+
+@gluon.jit
+def _add(weights, tiles, start, left, right):
+    """Add the product of weights [64, 64] and two pieces of a tile, from `start` on, to two accumulators."""
+    a = warpgroup_mma(weights, tiles.index(start), left, is_async=True)
+    b = warpgroup_mma(weights, tiles.index(start + 1), right, is_async=True)
+    return warpgroup_mma_wait(0, [a, b])
 
 
 @gluon.jit
 def _multiply(
-    position, count, sink, out, lse, scale, tokens, total, queries, tiles, bars,
+    position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, half: gl.constexpr,
 ):  # fmt: skip
-    """Attend with 64 heads, one query after the other, to one half of the channels."""
+    """Attend with 64 heads, one query after the other: scores of every other tile, values of one half of the channels."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    weights_layout: gl.constexpr = gl.DotOperandLayout(0, layout, k_width=2)
-    head = gl.arange(0, TILE, layout=gl.SliceLayout(1, scores_layout))
+    head_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    head = gl.arange(0, TILE, layout=head_layout)
     column = gl.arange(0, TILE, layout=gl.SliceLayout(0, scores_layout))
     tile = 0
+    pair = 0
     turn = 0
+    exchange = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
         head_row = t * heads + item % (heads // TILE) * TILE
         first, last = slots_of(position, count, t, window, kind)
-        logit = gl.load(sink + item % (heads // TILE) * TILE + head).to(gl.float32) * LOG2E
-        m = logit
-        mass = gl.full([TILE], 1.0, gl.float32, gl.SliceLayout(1, scores_layout))
+        m = gl.load(sink + item % (heads // TILE) * TILE + head).to(gl.float32) * LOG2E
+        mass = gl.full([TILE], 1.0 if half == 0 else 0.0, gl.float32, head_layout)
         left = gl.zeros([TILE, PIECE], gl.float32, layout)
         right = gl.zeros([TILE, PIECE], gl.float32, layout)
-        mbarrier.wait(bars.index(4), turn & 1)
+        mbarrier.wait(bars.index(QUERIES_READY), turn & 1)
         turn += 1
-        for j in range(first // TILE, (last + TILE - 1) // TILE):
-            buffer = (tile & 1) * 4
-            mbarrier.wait(bars.index(tile & 1), (tile >> 1) & 1)
-            acc = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, scores_layout))
-            for piece in gl.static_range(4):
-                acc = warpgroup_mma(
-                    queries.index(piece), tiles.index(buffer + piece).permute((1, 0)), acc, use_acc=piece > 0, is_async=True
-                )
-            s = warpgroup_mma_wait(0, [acc])
-            slot = j * TILE + column
-            s = gl.where(((slot >= first) & (slot < last))[None, :], s * scale, float("-inf"))
-            top = gl.maximum(m, gl.max(s, 1))
-            p = gl.exp2(s - top[:, None])
-            shrink = gl.exp2(m - top)
+        end = (last + TILE - 1) // TILE
+        for j in range(first // TILE, end, 2):
+            zero = hidden_zero(j)
+            s = gl.full([TILE, TILE], float("-inf"), gl.float32, scores_layout)
+            if j + half < end:
+                mbarrier.wait(bars.index(READY + half), tile & 1)
+                tile += 1
+                acc = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, scores_layout))
+                for piece in gl.static_range(4):
+                    acc = warpgroup_mma(
+                        queries.index(zero + piece),
+                        tiles.index(zero + 4 * half + piece).permute((1, 0)),
+                        acc,
+                        use_acc=piece > 0,
+                        is_async=True,
+                    )
+                s = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(bars.index(QUERIES_FREE), count=1, pred=j + 2 >= end)
+            slot = (j + half) * TILE
+            if (slot < first) | (slot + TILE > last):
+                s = gl.where(((slot + column >= first) & (slot + column < last))[None, :], s, float("-inf"))
+            top = gl.max(s, 1) * scale
+            maxima.index(half).store(top)
+            mbarrier.arrive(bars.index(MAXIMUM + half), count=1)
+            mbarrier.wait(bars.index(MAXIMUM + 1 - half), exchange & 1)
+            exchange += 1
+            top = gl.maximum(gl.maximum(m, top), maxima.index(1 - half).load(head_layout))
+            p = power_of_two(s * scale - top[:, None])
+            shrink = power_of_two(m - top)
             m = top
             mass = mass * shrink + gl.sum(p, 1)
+            p = p.to(out.dtype.element_ty)
+            weights.index(half).store(p)
+            fence_async_shared()
+            mbarrier.arrive(bars.index(WEIGHTS + half), count=1)
             shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))[:, None]
-            p = gl.convert_layout(p.to(out.dtype.element_ty), weights_layout)
-            a = warpgroup_mma(p, tiles.index(buffer + 2 * half), left * shrink, is_async=True)
-            b = warpgroup_mma(p, tiles.index(buffer + 2 * half + 1), right * shrink, is_async=True)
-            left, right = warpgroup_mma_wait(0, [a, b])
-            mbarrier.arrive(bars.index(2 + (tile & 1)), count=1)
-            tile += 1
-        mbarrier.arrive(bars.index(5), count=1)
+            left = left * shrink
+            right = right * shrink
+            if j + half < end:
+                own = gl.convert_layout(p, gl.DotOperandLayout(0, layout, k_width=2))
+                left, right = _add(own, tiles, zero + 6 * half, left, right)
+                mbarrier.arrive(bars.index(FREE + half), count=1)
+            mbarrier.wait(bars.index(WEIGHTS + 1 - half), pair & 1)
+            pair += 1
+            if j + 1 - half < end:
+                left, right = _add(weights.index(zero + 1 - half), tiles, zero + 4 * (1 - half) + 2 * half, left, right)
+                mbarrier.arrive(bars.index(FREE + 1 - half), count=1)
+        maxima.index(2 + half).store(mass)
+        mbarrier.arrive(bars.index(MASS + half), count=1)
+        mbarrier.wait(bars.index(MASS + 1 - half), (turn & 1) ^ 1)
+        mass = mass + maxima.index(3 - half).load(head_layout)
         if half == 0:
             gl.store(lse + head_row + head, m + gl.log2(mass))
         scaling = gl.convert_layout(1.0 / mass, gl.SliceLayout(1, layout))[:, None]
@@ -148,19 +214,25 @@ def forward(
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     queries = gl.allocate_shared_memory(q.dtype.element_ty, [4, TILE, PIECE], shared)
     tiles = gl.allocate_shared_memory(q.dtype.element_ty, [8, TILE, PIECE], shared)
-    bars = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(bars.index(0), count=128)
-    mbarrier.init(bars.index(1), count=128)
-    mbarrier.init(bars.index(2), count=2)
-    mbarrier.init(bars.index(3), count=2)
-    mbarrier.init(bars.index(4), count=128)
-    mbarrier.init(bars.index(5), count=2)
+    weights = gl.allocate_shared_memory(q.dtype.element_ty, [2, TILE, TILE], shared)
+    maxima = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bars = gl.allocate_shared_memory(gl.int64, [12, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(bars.index(READY + i), count=128)
+        mbarrier.init(bars.index(FREE + i), count=2)
+        mbarrier.init(bars.index(MAXIMUM + i), count=1)
+        mbarrier.init(bars.index(WEIGHTS + i), count=1)
+        mbarrier.init(bars.index(MASS + i), count=1)
+    mbarrier.init(bars.index(QUERIES_READY), count=128)
+    mbarrier.init(bars.index(QUERIES_FREE), count=2)
+    # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, bars, heads, window, kind, 0)),
-            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, bars, heads, window, kind, 1)),
+            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars, heads, window, kind, 0)),
+            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars, heads, window, kind, 1)),
             (_copy, (q, keys, rows, position, base, count, tokens, total, queries, tiles, bars, heads, window, k, kind)),
         ],
         [4, 4],
         [216, 72],
     )
+    # fmt: on

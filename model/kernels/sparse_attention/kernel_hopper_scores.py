@@ -1,6 +1,7 @@
 """P and dS of sparse attention on Hopper, for 512 channels and heads in 64s: one warpgroup copies, two multiply every other tile each.
 
-Scores and their gradient are made transposed, [keys, heads], from one read of the keys, which come in quarters of their channels.
+Scores and their gradient are made transposed, [keys, heads], by one product of the keys with queries and output
+gradients, one above the other; keys come in quarters of their channels.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from model.kernels.sparse_attention.kernel_hopper_forward import PIECE, TILE, WIDTH, copy, copy_rows, listed_rows, slots_of
+from model.kernels.sparse_attention.kernel_hopper_forward import PIECE, TILE, WIDTH, copy, listed_rows, power_of_two, slots_of
 
 RING = gl.constexpr(3)
 """Pieces in flight for each of the two that multiply; what shared memory holds beside queries and output gradients."""
@@ -41,8 +42,11 @@ def _copy(
         first, last = slots_of(position, count, t, window, kind)
         head_row = t * heads + item % (heads // TILE) * TILE + index
         mbarrier.wait(bars.index(4 * RING + 1), (turn & 1) ^ 1)
-        copy_rows(operands, 0, q, head_row, layout)
-        copy_rows(operands, 4, grad, head_row, layout)
+        channel = gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+        place = head_row.to(gl.int64)[:, None] * WIDTH + channel[None, :]
+        for piece in gl.static_range(4):
+            copy(operands.index(piece).slice(0, TILE), q + place + piece * PIECE)
+            copy(operands.index(piece).slice(TILE, TILE), grad + place + piece * PIECE)
         async_copy.mbarrier_arrive(bars.index(4 * RING), increment_count=False)
         turn += 1
         end = (last + TILE - 1) // TILE
@@ -64,6 +68,7 @@ def _multiply(
 ):  # fmt: skip
     """Write P and dS of every other tile, one query after the other."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     head = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
     index = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
     count_pieces = 0
@@ -77,24 +82,24 @@ def _multiply(
         mbarrier.wait(bars.index(4 * RING), turn & 1)
         turn += 1
         for j in range(first // TILE + side, (last + TILE - 1) // TILE, 2):
-            s = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout))
-            d = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout))
+            acc = warpgroup_mma_init(gl.zeros([TILE, 2 * TILE], gl.float32, both_layout))
             before = 0
             for piece in gl.static_range(4):
                 here = side * RING + count_pieces % RING
                 mbarrier.wait(bars.index(here), count_pieces // RING & 1)
-                s = warpgroup_mma(ring.index(here), operands.index(piece).permute((1, 0)), s, use_acc=piece > 0, is_async=True)
-                d = warpgroup_mma(ring.index(here), operands.index(4 + piece).permute((1, 0)), d, use_acc=piece > 0, is_async=True)
+                acc = warpgroup_mma(ring.index(here), operands.index(piece).permute((1, 0)), acc, use_acc=piece > 0, is_async=True)
                 if piece > 0:
-                    s, d = warpgroup_mma_wait(2, [s, d])
-                    s, d = warpgroup_mma_init(s), warpgroup_mma_init(d)
+                    acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
                     mbarrier.arrive(bars.index(2 * RING + before), count=1)
                 before = here
                 count_pieces += 1
-            s, d = warpgroup_mma_wait(0, [s, d])
+            both = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(bars.index(2 * RING + before), count=1)
             slot = j * TILE + index
-            p = gl.exp2(s * log2_scale - norm[None, :])
+            s, d = both.reshape([TILE, 2, TILE]).permute([0, 2, 1]).split()
+            s = gl.convert_layout(s, layout, assert_trivial=True)
+            d = gl.convert_layout(d, layout, assert_trivial=True)
+            p = power_of_two(s * log2_scale - norm[None, :])
             ds = p * (d * scale - mean[None, :])
             place = (t.to(gl.int64) * slots + slot)[:, None] * heads + column[None, :]
             seen = ((slot >= first) & (slot < last))[:, None]
@@ -114,7 +119,7 @@ def probabilities(
         position: [T] int64, where a token stands in its sample. total: queries times tiles of 64 heads, shared among the programs.
     """
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    operands = gl.allocate_shared_memory(q.dtype.element_ty, [8, TILE, PIECE], shared)
+    operands = gl.allocate_shared_memory(q.dtype.element_ty, [4, 2 * TILE, PIECE], shared)
     ring = gl.allocate_shared_memory(q.dtype.element_ty, [2 * RING, TILE, PIECE], shared)
     bars = gl.allocate_shared_memory(gl.int64, [4 * RING + 2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * RING):
