@@ -21,16 +21,16 @@ from model.layout import PackedRow
 
 NONE, RANGE, GATHERED = 0, 1, 2
 
-DENSE = 4
+DENSE = 3
 """Entries a sample may have for each one that a query selects, before scattering their gradient is cheaper than visiting all queries."""
 
 PROCESSORS = 132
 """Programs that run at once where each takes a whole multiprocessor: an H200's; less even elsewhere, not wrong."""
 
-KEY_BLOCK = 256
-"""Keys of one program of the keys' gradient on Hopper, where there are more than half as many."""
+KEY_BLOCKS = {NONE: 128, RANGE: 128, GATHERED: 256}
+"""Keys of one program of the keys' gradient on Hopper: more where a query sees few of them, and reads little for each."""
 
-WAVES = 3
+WAVES = 6
 """Times the processors that programs of the pool's gradient are split into, since early keys are seen by more queries than late ones."""
 
 TILES = {
@@ -47,7 +47,7 @@ WIDE_TILES = {
     "probabilities": {"block": 64, "num_warps": 8, "num_stages": 1},
     "query_gradient": {"block": 64, "num_warps": 8, "num_stages": 2},
     "key_gradient": {"block": 64, "row_block": 64, "num_warps": 4, "num_stages": 3},
-    "scatter_gradient": {"block": 64, "num_warps": 4, "num_stages": 2},
+    "scatter_gradient": {"block": 32, "num_warps": 4, "num_stages": 2},
 }
 """Of wider heads, up to 512."""
 
@@ -253,7 +253,7 @@ def _owned(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor], bounds: 
     q, _, p, _ = products
     heads, width, number = q.shape[1], q.shape[2], len(bounds[0])
     hopper, tiles = on_hopper(q, keys), _tiles(q, "key_gradient")
-    block = (KEY_BLOCK if 2 * number > KEY_BLOCK else 128) if hopper else tiles["block"]
+    block = KEY_BLOCKS[keys.kind] if hopper else tiles["block"]
     width_block = 32768 // block if hopper else min(width, 256)
     grid = triton.cdiv(number, block), width // width_block
     parts = max(1, min(64, PROCESSORS * (1 if keys.kind == NONE else WAVES) // (grid[0] * grid[1])))

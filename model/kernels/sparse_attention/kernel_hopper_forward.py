@@ -89,23 +89,26 @@ def _copy(
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
         first, last = slots_of(position, count, t, window, kind)
+        begin = first // TILE
+        end = (last + TILE - 1) // TILE
+        row = listed_rows(rows, base, t, begin * TILE + index, first, last, tokens, window, k, kind)
+        other = listed_rows(rows, base, t, begin * TILE + TILE + index, first, last, tokens, window, k, kind)
         mbarrier.wait(bars.index(QUERIES_FREE), (turn & 1) ^ 1)
         copy_rows(queries, 0, q, t * heads + item % (heads // TILE) * TILE + index, layout)
         async_copy.mbarrier_arrive(bars.index(QUERIES_READY), increment_count=False)
-        turn += 1
-        end = (last + TILE - 1) // TILE
-        for j in range(first // TILE, end, 2):
-            row = listed_rows(rows, base, t, j * TILE + index, first, last, tokens, window, k, kind)
-            other = listed_rows(rows, base, t, j * TILE + TILE + index, first, last, tokens, window, k, kind)
+        turn = turn + 1
+        for j in range(begin, end, 2):
             mbarrier.wait(bars.index(FREE), (even & 1) ^ 1)
             copy_rows(tiles, 0, keys, row, layout)
             async_copy.mbarrier_arrive(bars.index(READY), increment_count=False)
             even += 1
+            row = listed_rows(rows, base, t, j * TILE + 2 * TILE + index, first, last, tokens, window, k, kind)
             if j + 1 < end:
                 mbarrier.wait(bars.index(FREE + 1), (odd & 1) ^ 1)
                 copy_rows(tiles, 4, keys, other, layout)
                 async_copy.mbarrier_arrive(bars.index(READY + 1), increment_count=False)
                 odd += 1
+            other = listed_rows(rows, base, t, j * TILE + 3 * TILE + index, first, last, tokens, window, k, kind)
 
 
 @gluon.jit
@@ -125,6 +128,9 @@ def _multiply(
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     head_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    store_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128]
+    )
     head = gl.arange(0, TILE, layout=head_layout)
     column = gl.arange(0, TILE, layout=gl.SliceLayout(0, scores_layout))
     tile = 0
@@ -140,7 +146,7 @@ def _multiply(
         left = gl.zeros([TILE, PIECE], gl.float32, layout)
         right = gl.zeros([TILE, PIECE], gl.float32, layout)
         mbarrier.wait(bars.index(QUERIES_READY), turn & 1)
-        turn += 1
+        turn = turn + 1
         end = (last + TILE - 1) // TILE
         for j in range(first // TILE, end, 2):
             zero = hidden_zero(j)
@@ -179,15 +185,22 @@ def _multiply(
             shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))[:, None]
             left = left * shrink
             right = right * shrink
-            if j + half < end:
-                own = gl.convert_layout(p, gl.DotOperandLayout(0, layout, k_width=2))
-                left, right = _add(own, tiles, zero + 6 * half, left, right)
-                mbarrier.arrive(bars.index(FREE + half), count=1)
-            mbarrier.wait(bars.index(WEIGHTS + 1 - half), pair & 1)
+            own = gl.convert_layout(p, gl.DotOperandLayout(0, layout, k_width=2))
+            if half == 0:
+                left, right = _add(own, tiles, zero, left, right)
+                mbarrier.arrive(bars.index(FREE), count=1)
+                mbarrier.wait(bars.index(WEIGHTS + 1), pair & 1)
+                if j + 1 < end:
+                    left, right = _add(weights.index(zero + 1), tiles, zero + 4, left, right)
+                    mbarrier.arrive(bars.index(FREE + 1), count=1)
+            else:
+                mbarrier.wait(bars.index(WEIGHTS), pair & 1)
+                left, right = _add(weights.index(zero), tiles, zero + 2, left, right)
+                mbarrier.arrive(bars.index(FREE), count=1)
+                if j + 1 < end:
+                    left, right = _add(own, tiles, zero + 6, left, right)
+                    mbarrier.arrive(bars.index(FREE + 1), count=1)
             pair += 1
-            if j + 1 - half < end:
-                left, right = _add(weights.index(zero + 1 - half), tiles, zero + 4 * (1 - half) + 2 * half, left, right)
-                mbarrier.arrive(bars.index(FREE + 1 - half), count=1)
         maxima.index(2 + half).store(mass)
         mbarrier.arrive(bars.index(MASS + half), count=1)
         mbarrier.wait(bars.index(MASS + 1 - half), (turn & 1) ^ 1)
@@ -195,10 +208,10 @@ def _multiply(
         if half == 0:
             gl.store(lse + head_row + head, m + gl.log2(mass))
         scaling = gl.convert_layout(1.0 / mass, gl.SliceLayout(1, layout))[:, None]
-        place = out + (head_row + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))).to(gl.int64)[:, None] * WIDTH
-        place = place + (half * 2 * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout)))[None, :]
-        gl.store(place, (left * scaling).to(out.dtype.element_ty))
-        gl.store(place + PIECE, (right * scaling).to(out.dtype.element_ty))
+        place = out + (head_row + gl.arange(0, TILE, layout=gl.SliceLayout(1, store_layout))).to(gl.int64)[:, None] * WIDTH
+        place = place + (half * 2 * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, store_layout)))[None, :]
+        gl.store(place, gl.convert_layout((left * scaling).to(out.dtype.element_ty), store_layout))
+        gl.store(place + PIECE, gl.convert_layout((right * scaling).to(out.dtype.element_ty), store_layout))
 
 
 @gluon.jit
@@ -228,8 +241,20 @@ def forward(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars, heads, window, kind, 0)),
-            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars, heads, window, kind, 1)),
+            (
+                _multiply,
+                (
+                    position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
+                    heads, window, kind, 0,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
+                    heads, window, kind, 1,
+                ),
+            ),
             (_copy, (q, keys, rows, position, base, count, tokens, total, queries, tiles, bars, heads, window, k, kind)),
         ],
         [4, 4],

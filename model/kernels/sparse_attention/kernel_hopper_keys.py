@@ -85,40 +85,40 @@ def key_gradient(
     tile_rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
     place = read_places(places, key_local, key_begin, key_end, low, most, kind)
     slot, seen = key_slots(place, key, key_begin, key_end, low, window, kind)
+    total = gl.zeros([block, width_block], gl.float32, layout)
     if steps > 0:
         copy_weights(weights.index(0), p, row, slot, seen, heads, slots, weights_layout)
         copy_block(values.index(0), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
-    async_copy.commit_group()
-    if steps > 0:
+        async_copy.commit_group()
         copy_weights(weights.index(1), ds, row, slot, seen, heads, slots, weights_layout)
         copy_block(values.index(1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
-    async_copy.commit_group()
-    place = read_places(places, key_local, key_begin, key_end, low + TILE // heads, most, kind)
-    slot, seen = key_slots(place, key, key_begin, key_end, low + TILE // heads, window, kind)
-    acc = warpgroup_mma_init(gl.zeros([block, width_block], gl.float32, layout))
-    for i in range(steps):
-        here = (2 * i) & 3
-        ahead = (2 * i + 2) & 3
-        row += 1
-        async_copy.wait_group(1)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-        barrier()
-        acc = warpgroup_mma(weights.index(here), values.index(here), acc, is_async=True)
-        if i + 1 < steps:
-            copy_weights(weights.index(ahead), p, row, slot, seen, heads, slots, weights_layout)
-            copy_block(values.index(ahead), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
         async_copy.commit_group()
-        async_copy.wait_group(1)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-        barrier()
-        acc = warpgroup_mma(weights.index(here + 1), values.index(here + 1), acc, is_async=True)
-        if i + 1 < steps:
-            copy_weights(weights.index(ahead + 1), ds, row, slot, seen, heads, slots, weights_layout)
-            copy_block(values.index(ahead + 1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
-        async_copy.commit_group()
-        place = read_places(places, key_local, key_begin, key_end, low + (i + 2) * TILE // heads, most, kind)
-        slot, seen = key_slots(place, key, key_begin, key_end, low + (i + 2) * TILE // heads, window, kind)
-    total = warpgroup_mma_wait(0, [acc])
+        place = read_places(places, key_local, key_begin, key_end, low + TILE // heads, most, kind)
+        slot, seen = key_slots(place, key, key_begin, key_end, low + TILE // heads, window, kind)
+        acc = warpgroup_mma_init(total)
+        for i in range(steps):
+            here = (2 * i) & 3
+            ahead = (2 * i + 2) & 3
+            row += 1
+            async_copy.wait_group(1)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
+            barrier()
+            acc = warpgroup_mma(weights.index(here), values.index(here), acc, is_async=True)
+            if i + 1 < steps:
+                copy_weights(weights.index(ahead), p, row, slot, seen, heads, slots, weights_layout)
+                copy_block(values.index(ahead), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
+            async_copy.commit_group()
+            async_copy.wait_group(1)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
+            barrier()
+            acc = warpgroup_mma(weights.index(here + 1), values.index(here + 1), acc, is_async=True)
+            if i + 1 < steps:
+                copy_weights(weights.index(ahead + 1), ds, row, slot, seen, heads, slots, weights_layout)
+                copy_block(values.index(ahead + 1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
+            async_copy.commit_group()
+            place = read_places(places, key_local, key_begin, key_end, low + (i + 2) * TILE // heads, most, kind)
+            slot, seen = key_slots(place, key, key_begin, key_end, low + (i + 2) * TILE // heads, window, kind)
+        total = warpgroup_mma_wait(0, [acc])
     key = first + gl.arange(0, block, layout=gl.SliceLayout(1, layout))
     target = (gl.program_id(2).to(gl.int64) * number + key)[:, None] * WIDTH + channel
     target = target + gl.arange(0, width_block, layout=gl.SliceLayout(0, layout))[None, :]

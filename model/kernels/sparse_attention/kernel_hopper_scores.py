@@ -17,6 +17,22 @@ RING = gl.constexpr(3)
 
 
 @gluon.jit
+def _head(column):
+    """Return the head that stands in a column of the products.
+
+    A thread holds columns 8 b + 2 q + e of a product, for its own q in 0..3, all b in 0..7 and e in 0..1; they shall be 16 heads in a row.
+    """
+    return column // 2 % 4 * 16 + column // 8 * 2 + column % 2
+
+
+@gluon.jit
+def _in_order(x, layout: gl.constexpr):
+    """Put the columns of [64, 64] in the order of heads; every thread keeps what it has."""
+    x = x.reshape([TILE, 8, 4, 2]).permute([0, 2, 1, 3]).reshape([TILE, TILE])
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
 def _copy_piece(ring, x, row, piece, turn, bars, side: gl.constexpr, layout: gl.constexpr):
     """Start copying one quarter of rows of keys [*, 512] to the next place of one ring, when it comes free."""
     here = side * RING + turn % RING
@@ -40,7 +56,7 @@ def _copy(
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
         first, last = slots_of(position, count, t, window, kind)
-        head_row = t * heads + item % (heads // TILE) * TILE + index
+        head_row = t * heads + item % (heads // TILE) * TILE + _head(index)
         mbarrier.wait(bars.index(4 * RING + 1), (turn & 1) ^ 1)
         channel = gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
         place = head_row.to(gl.int64)[:, None] * WIDTH + channel[None, :]
@@ -48,7 +64,7 @@ def _copy(
             copy(operands.index(piece).slice(0, TILE), q + place + piece * PIECE)
             copy(operands.index(piece).slice(TILE, TILE), grad + place + piece * PIECE)
         async_copy.mbarrier_arrive(bars.index(4 * RING), increment_count=False)
-        turn += 1
+        turn = turn + 1
         end = (last + TILE - 1) // TILE
         for j in range(first // TILE, end, 2):
             row = listed_rows(rows, base, t, j * TILE + index, first, last, tokens, window, k, kind)
@@ -70,18 +86,24 @@ def _multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     head = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
-    index = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    wide_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 64]
+    )
+    index = gl.arange(0, TILE, layout=gl.SliceLayout(1, wide_layout))
+    wide_head = gl.arange(0, TILE, layout=gl.SliceLayout(0, wide_layout))
     count_pieces = 0
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
-        column = item % (heads // TILE) * TILE + head
+        column = item % (heads // TILE) * TILE + _head(head)
+        wide_column = item % (heads // TILE) * TILE + wide_head
         first, last = slots_of(position, count, t, window, kind)
         norm = gl.load(lse + t * heads + column)
         mean = gl.load(delta + t * heads + column) * scale
         mbarrier.wait(bars.index(4 * RING), turn & 1)
-        turn += 1
-        for j in range(first // TILE + side, (last + TILE - 1) // TILE, 2):
+        turn = turn + 1
+        end = (last + TILE - 1) // TILE
+        for j in range(first // TILE + side, end, 2):
             acc = warpgroup_mma_init(gl.zeros([TILE, 2 * TILE], gl.float32, both_layout))
             before = 0
             for piece in gl.static_range(4):
@@ -95,17 +117,18 @@ def _multiply(
                 count_pieces += 1
             both = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(bars.index(2 * RING + before), count=1)
-            slot = j * TILE + index
+            mbarrier.arrive(bars.index(4 * RING + 1), count=1, pred=j + 2 >= end)
             s, d = both.reshape([TILE, 2, TILE]).permute([0, 2, 1]).split()
             s = gl.convert_layout(s, layout, assert_trivial=True)
             d = gl.convert_layout(d, layout, assert_trivial=True)
             p = power_of_two(s * log2_scale - norm[None, :])
             ds = p * (d * scale - mean[None, :])
-            place = (t.to(gl.int64) * slots + slot)[:, None] * heads + column[None, :]
+            slot = j * TILE + index
+            place = (t.to(gl.int64) * slots + slot)[:, None] * heads + wide_column[None, :]
             seen = ((slot >= first) & (slot < last))[:, None]
-            gl.store(p_out + place, p.to(p_out.dtype.element_ty), mask=seen)
-            gl.store(ds_out + place, ds.to(ds_out.dtype.element_ty), mask=seen)
-        mbarrier.arrive(bars.index(4 * RING + 1), count=1)
+            gl.store(p_out + place, _in_order(p.to(p_out.dtype.element_ty), wide_layout), mask=seen)
+            gl.store(ds_out + place, _in_order(ds.to(ds_out.dtype.element_ty), wide_layout), mask=seen)
+        mbarrier.arrive(bars.index(4 * RING + 1), count=1, pred=first // TILE + side >= end)
 
 
 @gluon.jit
