@@ -32,7 +32,8 @@ def _scale_byte(bits, floor, bound, REST: tl.constexpr, SHIFT: tl.constexpr):
     Everything comes as the bits of fp32 numbers, which have their order. With amax = m 2^a and largest = n 2^b the exponent is a - b, one
     more when m > n: the bits of amax plus REST carry then.
     """
-    most = tl.maximum(tl.max(bits & 0x7FFFFFFF, 1), floor)
+    doubled = bits.to(tl.uint32, bitcast=True) << 1  # drops the sign
+    most = tl.maximum((tl.max(doubled, 1) >> 1).to(tl.int32), floor)
     byte = tl.maximum(((tl.minimum(most, 0x7F800000) + REST) >> 23) - SHIFT, 1)
     return tl.where(most < bound, byte, 255)
 

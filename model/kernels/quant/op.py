@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.kernels.quant.kernel import fake_quantize_groups, quantize_fp8_groups, quantize_mxfp4_groups
 
-PROGRAM = {"ELEMENTS": 4096, "num_warps": 4}
+PROGRAM = {"ELEMENTS": 8192, "num_warps": 4}
 """Elements a program, and its warps."""
 
 

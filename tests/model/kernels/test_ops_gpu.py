@@ -1,0 +1,185 @@
+"""The Triton operations at real sizes on a GPU: errors of at most 1.5 times those of plain torch in bf16, offsets beyond 2^31."""
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.kernels.experts import op as experts_op
+from model.kernels.experts import reference as experts_reference
+from model.kernels.hyper_connections import op as hyper_op
+from model.kernels.hyper_connections import reference as hyper_reference
+from model.kernels.indexer.op import select
+from model.kernels.logprob.op import token_logprobs
+from model.kernels.logprob.reference import token_logprobs as plain_token_logprobs
+from model.kernels.newton_schulz import reference as newton_schulz_reference
+from model.kernels.newton_schulz.op import orthogonalize
+from model.kernels.reverse_kl.op import reverse_kl
+from model.kernels.reverse_kl.reference import reverse_kl as plain_reverse_kl
+from model.layout import PackedRow
+from model.quant.fp8 import encode_fp8
+from model.quant.grid import E2M1, E4M3, onto_grid
+from model.quant.mxfp4 import quantize_mxfp4
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+SLACK, FLOOR = 1.5, 1e-4
+"""Of the eager error, and a twentieth of a bf16 rounding for what it happens to hit exactly."""
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_nan_filled():
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def half(*shape, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).bfloat16().requires_grad_()
+
+
+def error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def check(got, eager, want):
+    """Compare lists of tensors: each of `got` may be 1.5 times as far from `want` as that of `eager` is."""
+    for number, (mine, theirs, right) in enumerate(zip(got, eager, want, strict=True)):
+        assert error(mine, right) <= SLACK * error(theirs, right) + FLOOR, number
+
+
+@pytest.mark.parametrize("rows", [1, 301])
+def test_reverse_kl(rows):
+    student, head, hidden, other = half(rows, 512), half(129280, 512, scale=0.1), half(rows, 256), half(129280, 256, scale=0.1)
+    weights = torch.rand(rows, device="cuda")
+
+    def run(kernel, dtype, chunk):
+        a, h, b, o = (t.detach().to(dtype) for t in (student, head, hidden, other))
+        a.requires_grad_(), h.requires_grad_()
+        total, each = kernel(a, h, (b, o), weights, chunk=chunk)
+        return total, each, *torch.autograd.grad(total, (a, h))
+
+    check(run(reverse_kl, torch.bfloat16, 128), run(plain_reverse_kl, torch.bfloat16, 512), run(plain_reverse_kl, torch.float32, 512))
+
+
+@pytest.mark.parametrize("chunk", [128, 512])
+def test_token_logprobs(chunk):
+    hidden, head, targets = half(301, 512), half(129280, 512, scale=0.1), torch.randint(0, 129280, (301,), device="cuda")
+    grad = torch.randn(301, device="cuda")
+
+    def run(kernel, dtype):
+        h, w = hidden.detach().to(dtype).requires_grad_(), head.detach().to(dtype).requires_grad_()
+        logprobs, entropy = kernel(h, w, targets, chunk=chunk)
+        return logprobs, entropy, *torch.autograd.grad(logprobs, (h, w), grad)
+
+    check(run(token_logprobs, torch.bfloat16), run(plain_token_logprobs, torch.bfloat16), run(plain_token_logprobs, torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 517])
+def test_hyper_connections(tokens):
+    config = ModelConfig(num_hidden_layers=1, compress_ratios=[0], num_nextn_predict_layers=0)
+    parameters = [torch.randn(24, 4 * 4096, device="cuda") * 0.02, torch.randn(24, device="cuda"), torch.randn(3, device="cuda")]
+    inputs = [half(tokens, 4096), half(tokens, 4, 4096), *(t.requires_grad_() for t in parameters)]
+    grad = torch.randn(tokens, 4, 4096, device="cuda").bfloat16()
+
+    def run(kernels, dtype):
+        f, x, fn, base, scale = (t.detach().to(torch.promote_types(t.dtype, dtype)).requires_grad_() for t in inputs)
+        with torch.device("cuda"):
+            collapsed, post, comb = kernels.mix_in(x, fn, base, scale, config=config)
+        out = kernels.mix_out((collapsed * f).to(x.dtype), x, post, comb)
+        return collapsed, post, comb, out, *torch.autograd.grad(out, (f, x, fn, base, scale), grad.to(out.dtype))
+
+    class Eager:
+        """The definition with its streams in bf16 between two operations."""
+
+        @staticmethod
+        def mix_in(x, *parameters, config):
+            collapsed, post, comb = hyper_reference.mix_in(x.float(), *parameters, config=config)
+            return collapsed.to(x.dtype), post, comb
+
+        @staticmethod
+        def mix_out(f, x, post, comb):
+            return hyper_reference.mix_out(f.float(), x.float(), post, comb).to(x.dtype)
+
+    check(run(hyper_op, torch.bfloat16), run(Eager, torch.bfloat16), run(hyper_reference, torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(3, 2048, 2048), (2, 1000, 4040), (700, 300)], ids=str)
+def test_newton_schulz(shape):
+    matrices = torch.randn(shape, device="cuda").bfloat16()
+    want = newton_schulz_reference.orthogonalize(matrices.double())
+    check([orthogonalize(matrices)], [newton_schulz_reference.orthogonalize(matrices)], [want])
+
+
+@pytest.mark.parametrize("lengths", [[1], [2900, 17, 3, 2777, 1], [9000]], ids=str)
+def test_indexer(lengths):
+    config = ModelConfig(num_hidden_layers=1, compress_ratios=[4], num_nextn_predict_layers=0)
+    tokens = sum(lengths)
+    row = PackedRow(config, torch.tensor([0, *lengths], device="cuda").cumsum(0), tokens)
+    entries = row.entries[4]
+    q, keys = half(tokens, 64, 128).detach(), half(len(entries.first), 128).detach()
+    weights = torch.randn(tokens, 64, device="cuda") / 64
+    got = select(q, keys, weights, row=row, ratio=4, count=512)
+    for token in sorted({0, tokens // 3, tokens // 2, tokens - 1}):
+        low, seen = int(entries.base[token]), int(entries.visible[token])
+        scores = weights[token].double() @ (q[token].double() @ keys[low : low + seen].double().T).relu()
+        chosen = got[token][got[token] >= 0]
+        assert len(chosen.unique()) == len(chosen) == min(512, seen, got.shape[1])
+        if len(chosen) < seen:
+            assert scores[chosen].min() >= scores.topk(len(chosen)).values[-1] - 1e-4 * scores.abs().max()
+
+
+def test_experts():
+    x, indices = half(700, 256), torch.rand(700, 15, device="cuda").topk(3).indices  # the last expert gets nothing
+    weights = torch.rand(700, 3, device="cuda", requires_grad=True)
+    matrices = [half(16, 384, 256, scale=0.1), half(16, 256, 384, scale=0.1), half(16, 384, 256, scale=0.1)]
+    grad = torch.randn(700, 256, device="cuda").bfloat16()
+
+    def run(kernel, dtype):
+        leaves = [t.detach().to(torch.promote_types(t.dtype, dtype)).requires_grad_() for t in (x, weights, *matrices)]
+        out = kernel(leaves[0], indices, leaves[1], tuple(leaves[2:]), limit=2.0)
+        return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    def fused(x, indices, weights, matrices, *, limit):
+        from model.kernels.experts.fused import RoutedExperts  # brings Triton
+
+        return RoutedExperts.apply(x, indices, weights, *matrices, limit)
+
+    def plain(x, indices, weights, matrices, *, limit):
+        return experts_op._Experts.apply(x, indices, weights, *matrices, limit)
+
+    check(run(fused, torch.bfloat16), run(plain, torch.bfloat16), run(experts_reference.routed_experts, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (513, 7168), (3, 5, 200)], ids=str)
+def test_quantisation_gives_the_same_bytes(shape, dtype):
+    from model.kernels.quant import op as quant  # brings Triton
+
+    x = (torch.randn(shape, device="cuda") * torch.exp2(torch.randint(-20, 20, (*shape[:-1], 1), device="cuda").float())).to(dtype)
+    x.view(-1)[:6] = torch.tensor([1e-38, -0.0, 448, 6, -1e-30, 2**-9], device="cuda")
+    for got, want in (
+        (quant.quantize_fp8(x, group=128), encode_fp8(x, (1, 128))),
+        (quant.quantize_mxfp4(x), quantize_mxfp4(x)),
+        ((quant.fake_quantize(x, group=128, form="e4m3"),), (onto_grid(x, E4M3, block=(1, 128)),)),
+        ((quant.fake_quantize(x, group=32, form="e2m1"),), (onto_grid(x, E2M1, block=(1, 32)),)),
+    ):
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want, strict=True))
+
+
+def test_offsets_beyond_int32():
+    from model.kernels.logprob.chunked import gradients, statistics  # brings Triton
+    from model.kernels.quant import op as quant
+
+    rows, vocabulary = 16700, 129280
+    logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    logits[-3:] = torch.randn(3, vocabulary, device="cuda")
+    targets, found = torch.arange(rows, device="cuda"), torch.empty(3, rows, device="cuda")
+    statistics(logits, targets, found)
+    want = logits[-3:].float().log_softmax(-1)
+    torch.testing.assert_close(found[0, -3:], want.gather(1, targets[-3:, None])[:, 0], rtol=1e-4, atol=1e-4)
+    rounded = quant.fake_quantize(logits, group=32, form="e2m1")
+    assert torch.equal(rounded[-3:], onto_grid(logits[-3:], E2M1, block=(1, 32)))
+    gradients(logits, targets, found[2], torch.ones(rows, device="cuda"), out=logits)
+    want = -want.exp().scatter_add_(1, targets[-3:, None], -torch.ones(3, 1, device="cuda"))
+    assert error(logits[-3:], want) < 1e-2
