@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, V32Config
 from model.kernels.indexer.loss import IndexScores, indexer_loss
 from model.kernels.sparse_attention.blocked import Inputs
 from model.layout import PackedRow
@@ -106,3 +106,42 @@ def test_the_loss_of_a_model_trains_its_indexers_and_nothing_else(indexer):
     selects_all = torch.equal(hidden.last, model(tokens, cu).last)
     assert selects_all == (indexer == "sparse")
     assert model(tokens, cu).indexer_loss is None
+
+
+V4 = replace(
+    CONFIG, vocab_size=40, hidden_size=32, compress_ratios=[4, 4], num_attention_heads=2, head_dim=32, q_lora_rank=24, o_groups=1,
+    o_lora_rank=16, sliding_window=8, index_n_heads=8, index_head_dim=16, index_topk=6, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, num_hash_layers=0, initializer_range=0.3,
+)  # fmt: skip
+V32 = V32Config(
+    vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=16, index_n_heads=8, index_head_dim=16, index_topk=12, intermediate_size=32, first_k_dense_replace=1,
+    n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16, num_nextn_predict_layers=0,
+    initializer_range=0.3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [V4, V32], ids=["v4", "v32"])
+def test_dense_then_sparse_training_brings_the_indexers_to_the_attention_of_unseen_text(config):
+    torch.manual_seed(0)
+    model = Transformer(config)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attn.q_norm.weight.mul_(6)  # so that queries look at few entries
+    optimizer = torch.optim.Adam([p.requires_grad_() for name, p in model.named_parameters() if ".indexer." in name], lr=0.01)
+    cu, generator = torch.tensor([0, 100, 160]), torch.Generator().manual_seed(1)
+    unseen = torch.randint(40, (160,), generator=torch.Generator().manual_seed(9))
+
+    def losses() -> dict[str, float]:
+        with torch.no_grad():
+            return {indexer: float(model(unseen, cu, indexer=indexer).indexer_loss) for indexer in ("dense", "sparse")}
+
+    before = losses()
+    for step in range(150):
+        optimizer.zero_grad()
+        tokens = torch.randint(40, (160,), generator=generator)
+        model(tokens, cu, indexer="dense" if step < 110 else "sparse").indexer_loss.backward()
+        optimizer.step()
+    after = losses()
+    assert after["dense"] < 0.25 * before["dense"] and after["sparse"] < 0.25 * before["sparse"], (before, after)
