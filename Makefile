@@ -4,13 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test check bench install sandbox clean
+.PHONY: run test test-gpu check bench bench-gpu install sandbox clean
 
 run: install sandbox
 	$(BIN)/python -m pipeline run +stage=all
 
 test: install sandbox
 	$(BIN)/python -m pytest -q
+
+# On a GPU machine, with the Python that has its torch: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -q -m gpu tests
+
+bench-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu_attention.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu_ops.py
 
 check: install
 	$(BIN)/ruff check .
