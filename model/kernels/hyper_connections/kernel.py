@@ -82,7 +82,6 @@ def collapse(streams, raw, squares, base, scale, out, pre, post, comb, mixes, in
     logits = across * inv[:, None, None] * tl.load(scale + 2) + tl.load(base + 8 + 4 * j + k)
     matrix, _ = sinkhorn_tile(logits, comb, eps, ITERATIONS, False)
     tl.store(comb + rows[:, None, None] * 16 + 4 * j + k, matrix, cube)
-    into = tl.where(flat, into, 0.0)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)[None, :]
         mask = flat & (columns < width)
@@ -224,9 +223,8 @@ def streams_backward(streams, grad, through, draw, dsquare, pre, fn, dstreams, d
     columns = tl.program_id(0) // 4 * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     across = stream * width + columns
-    lines = tl.arange(0, ROWS)
+    lines, real = tl.arange(0, ROWS), tl.arange(0, ROWS) < 24
     first = tl.program_id(1) * group
-    real = lines < 24
     wide_fn = tl.load(fn + lines[:, None] * (4 * width) + across[None, :], real[:, None] & inside[None, :], 0.0).to(tl.float32)
     high_fn = wide_fn.to(streams.dtype.element_ty)
     low_fn = (wide_fn - high_fn.to(tl.float32)).to(streams.dtype.element_ty)

@@ -9,23 +9,22 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.logprob.kernel import token_gradients, token_statistics
 
-BLOCK, WARPS = 4096, 8
+READ, WRITE = {"BLOCK": 2048, "STAGES": 4, "num_warps": 4}, {"BLOCK": 4096, "num_warps": 8}
 
 
 def statistics(logits: Tensor, targets: Tensor, out: Tensor) -> None:
     """Compute log p(target), entropy and log-sum-exp of rows of logits [R, V] into `out` [3, R] fp32."""
     rows, vocabulary = logits.shape
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    token_statistics[(rows,)](logits, targets, *out, vocabulary, logits.stride(0), BLOCK=block, num_warps=WARPS)
+    tile = READ | {"BLOCK": min(READ["BLOCK"], triton.next_power_of_2(vocabulary))}
+    token_statistics[(rows,)](logits, targets, *out, vocabulary, logits.stride(0), **tile)
 
 
 def gradients(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, *, out: Tensor) -> None:
     """Write d(sum_r grad_r log p_r(target)) / d logits to `out` [R, V], which may be `logits` itself."""
     rows, vocabulary = logits.shape
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    token_gradients[(rows, triton.cdiv(vocabulary, block))](
-        logits, targets, lse, grad, out, vocabulary, logits.stride(0), BLOCK=block, num_warps=WARPS
-    )
+    tile = WRITE | {"BLOCK": min(WRITE["BLOCK"], triton.next_power_of_2(vocabulary))}
+    grid = (rows, triton.cdiv(vocabulary, tile["BLOCK"]))
+    token_gradients[grid](logits, targets, lse, grad, out, vocabulary, logits.stride(0), **tile)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -52,7 +51,8 @@ class TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _entropy):
         hidden, weight, targets, lse, kept = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.empty_like(weight) if len(targets) else torch.zeros_like(weight)
         grad = grad.contiguous()
         buffer = hidden.new_empty(ctx.step, len(weight))
         for start in range(0, len(targets), ctx.step):

@@ -7,14 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def token_statistics(logits, targets, logprobs, entropy, lse, vocabulary, stride, BLOCK: tl.constexpr):
+def token_statistics(logits, targets, logprobs, entropy, lse, vocabulary, stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """log p_t = z_t - lse z and H = lse z - E_p[z], one program a row."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     lanes = tl.arange(0, BLOCK)
     top = float("-inf")
     total, moment = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
         inside = start + lanes < vocabulary
         z = tl.load(logits + start + lanes, inside, float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, tl.max(z, 0))

@@ -17,22 +17,26 @@ from model.kernels.newton_schulz.reference import COEFFICIENTS
 
 SEGMENTS = (3, 3, 2, 2)
 """Steps between two fresh starts. Segments of 4 steps diverge on some spectra; these do on none that was tried."""
+AT_ONCE = 1 << 28
+"""Numbers of the matrices that are iterated at a time."""
 TILES = {"TILE": 128, "PAIR": False, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Compute `op.orthogonalize` for matrices on a GPU."""
+    """Compute `op.orthogonalize` for matrices on a GPU, so many at a time that the working memory stays at a few times `AT_ONCE`."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = matrices.mT if tall else matrices
-    wider = torch.promote_types(wide.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True, dtype=wider).clamp_min_(1e-30)
-    x = torch.div(wide, norm, out=torch.empty(wide.shape, dtype=torch.float16, device=wide.device))
-    first = 0
-    for steps in SEGMENTS:
-        x = _segment(x.view(-1, *wide.shape[-2:]), COEFFICIENTS[first : first + steps])
-        first += steps
-    out = x.to(matrices.dtype).view(wide.shape)
-    return out.mT if tall else out
+    wide = (matrices.mT if tall else matrices).reshape(-1, min(matrices.shape[-2:]), max(matrices.shape[-2:]))
+    out = torch.empty(wide.shape, dtype=matrices.dtype, device=matrices.device)
+    each = max(1, AT_ONCE // max(1, wide.shape[1] * wide.shape[2]))
+    for some, result in zip(wide.split(each), out.split(each), strict=True):
+        norm = torch.linalg.vector_norm(some, dim=(1, 2), keepdim=True, dtype=torch.promote_types(some.dtype, torch.float32))
+        x = torch.div(some, norm.clamp_min_(1e-30), out=torch.empty(some.shape, dtype=torch.float16, device=some.device))
+        first = 0
+        for steps in SEGMENTS:
+            x = _segment(x, COEFFICIENTS[first : first + steps])
+            first += steps
+        result.copy_(x)
+    return (out.mT if tall else out).reshape(matrices.shape)
 
 
 def _segment(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:

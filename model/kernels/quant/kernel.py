@@ -7,17 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _places(groups, per_row, width, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr):
+def _places(groups, per_row, width, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
     """Number this program's groups [GROUPS] and their elements [GROUPS, GROUP], and say which of them exist.
 
-    WHOLE promises that groups fill their rows, so that elements follow one another.
+    WHOLE promises that groups fill their rows, so that elements follow one another, FULL that they fill all programs.
     """
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     lane = tl.arange(0, GROUP)
-    real = group < groups
+    real = tl.full([GROUPS], True, tl.int1) if FULL else group < groups
     if WHOLE:
         place = group[:, None] * GROUP + lane[None, :]
-        inside = real[:, None] & (lane >= 0)[None, :]
+        inside = tl.broadcast_to(real[:, None], [GROUPS, GROUP])
     else:
         column = (group % per_row * GROUP)[:, None] + lane[None, :]
         place = (group // per_row * width)[:, None] + column
@@ -32,8 +32,7 @@ def _scale_byte(bits, floor, bound, REST: tl.constexpr, SHIFT: tl.constexpr):
     Everything comes as the bits of fp32 numbers, which have their order. With amax = m 2^a and largest = n 2^b the exponent is a - b, one
     more when m > n: the bits of amax plus REST carry then.
     """
-    doubled = bits.to(tl.uint32, bitcast=True) << 1  # drops the sign
-    most = tl.maximum((tl.max(doubled, 1) >> 1).to(tl.int32), floor)
+    most = tl.maximum(tl.max(bits & 0x7FFFFFFF, 1), floor)
     byte = tl.maximum(((tl.minimum(most, 0x7F800000) + REST) >> 23) - SHIFT, 1)
     return tl.where(most < bound, byte, 255)
 
@@ -57,9 +56,9 @@ def _rounded(x, LEAST: tl.constexpr, ANCHOR: tl.constexpr):
 
 @triton.jit
 def quantize_fp8_groups(x, values, scales, groups, per_row, width, floor, REST: tl.constexpr, SHIFT: tl.constexpr,
-                        GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+                        GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Write e4m3 values and ue8m0 scales."""
-    group, real, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE)
+    group, real, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE, FULL)
     wide = tl.load(x + place, inside, 0.0).to(tl.float32)
     byte, inverse, _ = _scale(wide, floor, REST, SHIFT)
     tl.store(scales + group, byte, real)
@@ -68,27 +67,26 @@ def quantize_fp8_groups(x, values, scales, groups, per_row, width, floor, REST: 
 
 @triton.jit
 def quantize_mxfp4_groups(x, packed, scales, groups, per_row, width, floor, REST: tl.constexpr, SHIFT: tl.constexpr,
-                          GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+                          GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Write e2m1 codes, the even column in the low nibble, and ue8m0 scales.
 
     With P the greater of a number's power of two and the scale, |x| + 1.5 * 2^22 P has round(2 |x| / P), ties to even, in its last bits
     and no division by the scale is needed. Numbers of 2^100 and more count as not finite.
     """
-    group, real, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE)
+    group, real, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE, FULL)
     wide = tl.load(x + place, inside, 0.0).to(tl.float32)
     bits = wide.to(tl.int32, bitcast=True)
     byte = _scale_byte(bits, floor, 0x71800000, REST, SHIFT)
     tl.store(scales + group, byte.to(tl.uint8), real)
     power = tl.maximum(bits & 0x7F800000, (byte << 23)[:, None])
-    size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    sums = (size + (power + 0x0B400000).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    sums = (tl.abs(wide) + (power + 0x0B400000).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     even, odd = tl.split(tl.reshape((sums & 7) + (sums >> 22), [GROUPS, GROUP // 2, 2]))
     even_sign, odd_sign = tl.split(tl.reshape(bits, [GROUPS, GROUP // 2, 2]))
     codes = even + (odd << 4) - (17 * (2 * byte + 45))[:, None]  # the sum's exponent is that of P, 22 more; 45 with the bit below it
     codes = codes | ((even_sign >> 28) & 0x08) | ((odd_sign >> 24) & 0x80)
     if WHOLE:
         half = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-        there = real[:, None] & (tl.arange(0, GROUP // 2) >= 0)[None, :]
+        there = tl.broadcast_to(real[:, None], [GROUPS, GROUP // 2])
     else:
         column = (group % per_row * (GROUP // 2))[:, None] + tl.arange(0, GROUP // 2)[None, :]
         half = (group // per_row * (width // 2))[:, None] + column
@@ -98,9 +96,10 @@ def quantize_mxfp4_groups(x, packed, scales, groups, per_row, width, floor, REST
 
 @triton.jit
 def fake_quantize_groups(x, out, groups, per_row, width, floor, REST: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr,
-                         ANCHOR: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+                         ANCHOR: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+                         FULL: tl.constexpr):  # fmt: skip
     """Write what the quantised form stands for."""
-    _, _, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE)
+    _, _, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE, FULL)
     wide = tl.load(x + place, inside, 0.0).to(tl.float32)
     _, inverse, power = _scale(wide, floor, REST, SHIFT)
     rounded = _rounded(wide * inverse, LEAST, ANCHOR) * power

@@ -67,6 +67,7 @@ def _launch(kernel, tensors: tuple[Tensor, ...], *, group: int, floor: float, **
     bits = struct.unpack("<i", struct.pack("<f", floor))[0]
     if groups:
         kernel[(triton.cdiv(groups, each),)](
-            *tensors, groups, per_row, width, bits, GROUP=group, GROUPS=each, WHOLE=width % group == 0, num_warps=PROGRAM["num_warps"],
+            *tensors, groups, per_row, width, bits, GROUP=group, GROUPS=each, WHOLE=width % group == 0,
+            FULL=width % group == 0 and groups % each == 0, num_warps=PROGRAM["num_warps"],
             **constants,
         )  # fmt: skip

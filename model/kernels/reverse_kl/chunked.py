@@ -41,7 +41,7 @@ class ReverseKl(torch.autograd.Function):
         kl = torch.empty(count, dtype=torch.float32, device=student.device)
         logits, others = student.new_empty(step, vocabulary), teacher_hidden.new_empty(part, vocabulary)
         grad_student = torch.empty_like(student) if needs_grad else None
-        grad_head = torch.zeros_like(head) if needs_grad else None
+        grad_head = (torch.empty_like(head) if count else torch.zeros_like(head)) if needs_grad else None
         for start in range(0, count, max(1, step)):
             rows = slice(start, min(start + step, count))
             some = torch.mm(student[rows], head.T, out=logits[: rows.stop - start])
