@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels.sparse_attention.listed import attend_listed
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 
@@ -122,6 +123,27 @@ def time_both(op: Callable[..., Tensor], made: tuple[PackedRow, list[Tensor | No
     return forward, median_ms(lambda: torch.autograd.grad(op(*leaves, row=row, ratio=ratio), wanted, grad)) - forward
 
 
+def time_decoding(batch: int, listed: int, ceiling: tuple[float, float], limit_us: float) -> None:
+    """Print the time of one token a row that attends to listed rows of a bf16 cache: replays of a CUDA graph, on cold caches in turn."""
+    torch.manual_seed(0)
+    new = {"device": "cuda", "dtype": torch.bfloat16}
+    caches = [torch.randn(batch * listed * 2, WIDTH, **new) for _ in range(3)]
+    q, sink = torch.randn(batch, 64, WIDTH, **new), torch.randn(64, device="cuda")
+    rows = torch.rand(batch, 2 * listed, device="cuda").topk(listed).indices + torch.arange(batch, device="cuda")[:, None] * 2 * listed
+    count = torch.full((batch,), listed, device="cuda", dtype=torch.int32)
+    rows = rows.int()
+    attend_listed(q, caches[0], rows, count, sink)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for cache in caches:
+            attend_listed(q, cache, rows, count, sink)
+    time_us = median_ms(graph.replay) * 1e3 / len(caches)
+    floor_us = max(batch * listed * 1024 / ceiling[1], 4.0 * WIDTH * 64 * batch * listed / ceiling[0]) * 1e6
+    print(
+        f"decoding, batch {batch}, {listed} rows each, 64 heads: {time_us:.1f} us, floor {floor_us:.1f}, at most {limit_us:g}", flush=True
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
@@ -151,6 +173,9 @@ def main() -> None:
             for name, peer in peers.items():
                 f, b = time_both(peer, made, case.ratio)
                 print(f"  {name:14} {'':12}  {f:7.3f} {'':6} {b:7.3f} {'':6} {f + b:7.3f}  {(f + b) / (forward + backward):.0f} times ours")
+    time_decoding(128, 640, (flops, bandwidth), 60)
+    time_decoding(1, 640, (flops, bandwidth), 60)
+    time_decoding(1, 8320, (flops, bandwidth), 60)
 
 
 if __name__ == "__main__":

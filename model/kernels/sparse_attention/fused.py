@@ -21,14 +21,14 @@ from model.layout import PackedRow
 
 NONE, RANGE, GATHERED = 0, 1, 2
 
-DENSE = 3
+DENSE = 4
 """Entries a sample may have for each one that a query selects, before scattering their gradient is cheaper than visiting all queries."""
 
 PROCESSORS = 132
 """Programs that run at once where each takes a whole multiprocessor: an H200's; less even elsewhere, not wrong."""
 
-KEY_BLOCKS = {NONE: 128, RANGE: 128, GATHERED: 256}
-"""Keys of one program of the keys' gradient on Hopper: more where a query sees few of them, and reads little for each."""
+KEY_BLOCK = 128
+"""Keys of one program of the keys' gradient on Hopper; 256 reads less and was slower all the same."""
 
 WAVES = 6
 """Times the processors that programs of the pool's gradient are split into, since early keys are seen by more queries than late ones."""
@@ -50,6 +50,15 @@ WIDE_TILES = {
     "scatter_gradient": {"block": 32, "num_warps": 4, "num_stages": 2},
 }
 """Of wider heads, up to 512."""
+
+WIDE_FP32_TILES = {
+    "forward": {"block": 32, "num_warps": 8, "num_stages": 1},
+    "probabilities": {"block": 32, "num_warps": 8, "num_stages": 1},
+    "query_gradient": {"block": 32, "num_warps": 8, "num_stages": 1},
+    "key_gradient": {"block": 32, "row_block": 32, "num_warps": 8, "num_stages": 1},
+    "scatter_gradient": {"block": 32, "num_warps": 8, "num_stages": 1},
+}
+"""Of wider heads in fp32: for comparison, not for speed."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +134,28 @@ def make_keys(kv: Tensor, ckv: Tensor | None, indices: Tensor | None, *, row: Pa
     return Keys(row, ratio, x, GATHERED, entries.base, count, rows, places, k)
 
 
-def on_hopper(q: Tensor, keys: Keys) -> bool:
-    """Say whether the kernels scheduled for Hopper take this shape."""
+def on_hopper(q: Tensor, window: int) -> bool:
+    """Say whether the kernels scheduled for Hopper take these queries [T, H, K] and this window."""
     _, heads, width = q.shape
     tile = kernel_hopper_forward.TILE.value
-    fits = width == kernel_hopper_forward.WIDTH.value and heads % tile == 0 and keys.row.window % tile == 0
+    fits = width == kernel_hopper_forward.WIDTH.value and heads % tile == 0 and window % tile == 0
     return fits and q.is_cuda and q.element_size() == 2 and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
-def _shape(q: Tensor) -> dict:
+def shape_of(q: Tensor) -> dict:
     """What the portable kernels are specialised for by the shape and dtype of the queries."""
     return {"heads": q.shape[1], "width": q.shape[2], "precision": "ieee" if q.dtype == torch.float32 else "tf32"}
 
 
-def _tiles(q: Tensor, kernel: str) -> dict[str, int]:
-    return (WIDE_TILES if q.shape[2] > 128 else TILES)[kernel]
+def tiles_of(q: Tensor, kernel: str) -> dict[str, int]:
+    """Tiles of one of the portable kernels."""
+    return (TILES if q.shape[2] <= 128 else WIDE_TILES if q.element_size() == 2 else WIDE_FP32_TILES)[kernel]
 
 
-def _head_block(heads: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(heads)))
+def head_block_of(q: Tensor) -> int:
+    """Heads of one program of the portable kernels: a product has at least 16 rows, shared memory room for few wide ones in fp32."""
+    most = 16 if q.shape[2] > 128 and q.element_size() == 4 else 64
+    return min(most, max(16, triton.next_power_of_2(q.shape[1])))
 
 
 class FusedAttention(torch.autograd.Function):
@@ -151,6 +163,8 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, kv, ckv, sink, indices, row, ratio):
+        ctx.dtypes = kv.dtype, None if ckv is None else ckv.dtype
+        kv, ckv = kv.to(q.dtype), None if ckv is None else ckv.to(q.dtype)
         keys = make_keys(kv, ckv, indices, row=row, ratio=ratio, backward=any(ctx.needs_input_grad))
         q = q.contiguous()
         out, lse = attend(q, keys, sink)
@@ -165,8 +179,8 @@ class FusedAttention(torch.autograd.Function):
         keys, grad = ctx.keys, grad.contiguous()
         p, ds, delta = probabilities(q, keys, (out, grad, lse))
         dq = query_gradient(q, keys, ds)
-        dkv = window_gradient(keys, (q, grad, p, ds))
-        dckv = None if ctx.entries is None else pool_gradient(keys, (q, grad, p, ds), ctx.entries)
+        dkv = window_gradient(keys, (q, grad, p, ds)).to(ctx.dtypes[0])
+        dckv = None if ctx.entries is None else pool_gradient(keys, (q, grad, p, ds), ctx.entries).to(ctx.dtypes[1])
         dsink = -(torch.exp2(sink.float() * LOG2E.value - lse) * delta).sum(0)
         return dq, dkv, dckv, dsink.to(sink.dtype), None, None, None
 
@@ -177,15 +191,15 @@ def attend(q: Tensor, keys: Keys, sink: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), torch.empty(length, heads, device=q.device, dtype=torch.float32)
     arguments = (sink, out, lse, width**-0.5 * LOG2E.value)
     k = keys.rows.shape[-1] if keys.kind == GATHERED else 0
-    if on_hopper(q, keys):
+    if on_hopper(q, keys.row.window):
         total = length * heads // 64
         kernel_hopper_forward.forward[(min(total, PROCESSORS),)](
-            q, keys.x, *keys.arguments_on_hopper, *arguments, length, total, heads=heads, k=k, **keys.sizes, num_warps=4
+            q, keys.x, *keys.arguments_on_hopper, *arguments, length, length, total, heads=heads, k=k, **keys.sizes, num_warps=4
         )
     else:
-        head_block = _head_block(heads)
+        head_block = head_block_of(q)
         kernel_forward.forward[(length, triton.cdiv(heads, head_block))](
-            q, *keys.halves, *keys.arguments, *arguments, head_block=head_block, k=k, **keys.sizes, **_shape(q), **_tiles(q, "forward")
+            q, *keys.halves, *keys.arguments, *arguments, head_block=head_block, k=k, **keys.sizes, **shape_of(q), **tiles_of(q, "forward")
         )
     return out, lse
 
@@ -197,18 +211,18 @@ def probabilities(q: Tensor, keys: Keys, results: tuple[Tensor, Tensor, Tensor])
     slots = keys.row.window + keys.slots
     p, ds = (torch.empty(length, slots, heads, device=q.device, dtype=q.dtype) for _ in range(2))
     delta, rows = torch.empty_like(lse), length * heads
-    kernel_backward.delta[(triton.cdiv(rows, 16),)](out, grad, delta, rows, width=width, block=16)
     arguments = (grad, lse, delta, p, ds, width**-0.5, width**-0.5 * LOG2E.value)
     sizes = {**keys.sizes, "slots": slots, "k": keys.rows.shape[-1] if keys.kind == GATHERED else 0}
-    if on_hopper(q, keys):
+    if on_hopper(q, keys.row.window):
         total = length * heads // 64
         kernel_hopper_scores.probabilities[(min(total, PROCESSORS),)](
-            q, keys.x, *keys.arguments_on_hopper, *arguments, length, total, heads=heads, **sizes, num_warps=4
+            q, keys.x, *keys.arguments_on_hopper, out, *arguments, length, total, heads=heads, **sizes, num_warps=4
         )
     else:
-        head_block = _head_block(heads)
+        kernel_backward.delta[(triton.cdiv(rows, 16),)](out, grad, delta, rows, width=width, block=16)
+        head_block = head_block_of(q)
         kernel_backward.probabilities[(length, triton.cdiv(heads, head_block))](
-            q, *keys.halves, *keys.arguments, *arguments, head_block=head_block, **sizes, **_shape(q), **_tiles(q, "probabilities")
+            q, *keys.halves, *keys.arguments, *arguments, head_block=head_block, **sizes, **shape_of(q), **tiles_of(q, "probabilities")
         )
     return p, ds, delta
 
@@ -216,10 +230,10 @@ def probabilities(q: Tensor, keys: Keys, results: tuple[Tensor, Tensor, Tensor])
 def query_gradient(q: Tensor, keys: Keys, ds: Tensor) -> Tensor:
     """Return dQ [T, H, K] from dS."""
     length, heads, _ = q.shape
-    dq, head_block = torch.empty_like(q), _head_block(heads)
+    dq, head_block = torch.empty_like(q), head_block_of(q)
     sizes = {**keys.sizes, "slots": ds.shape[1], "k": keys.rows.shape[-1] if keys.kind == GATHERED else 0}
     kernel_backward.query_gradient[(length, triton.cdiv(heads, head_block))](
-        *keys.halves, *keys.arguments, ds, dq, head_block=head_block, **sizes, **_shape(q), **_tiles(q, "query_gradient")
+        *keys.halves, *keys.arguments, ds, dq, head_block=head_block, **sizes, **shape_of(q), **tiles_of(q, "query_gradient")
     )
     return dq
 
@@ -252,8 +266,8 @@ def _owned(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor], bounds: 
     """
     q, _, p, _ = products
     heads, width, number = q.shape[1], q.shape[2], len(bounds[0])
-    hopper, tiles = on_hopper(q, keys), _tiles(q, "key_gradient")
-    block = KEY_BLOCKS[keys.kind] if hopper else tiles["block"]
+    hopper, tiles = on_hopper(q, keys.row.window), tiles_of(q, "key_gradient")
+    block = KEY_BLOCK if hopper else tiles["block"]
     width_block = 32768 // block if hopper else min(width, 256)
     grid = triton.cdiv(number, block), width // width_block
     parts = max(1, min(64, PROCESSORS * (1 if keys.kind == NONE else WAVES) // (grid[0] * grid[1])))
@@ -264,7 +278,7 @@ def _owned(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor], bounds: 
     if hopper:
         kernel_hopper_keys.key_gradient[(*grid, parts)](*arguments, **sizes, num_warps=8)
     else:
-        kernel_backward.key_gradient[(*grid, parts)](*arguments, **{**_shape(q), **tiles, **sizes})
+        kernel_backward.key_gradient[(*grid, parts)](*arguments, **{**shape_of(q), **tiles, **sizes})
     return out[0] if parts == 1 else out.sum(0).to(q.dtype)
 
 
@@ -272,7 +286,7 @@ def _scattered(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor]) -> T
     """Return the gradient of the pool by atomic additions from every query's list."""
     q, _, p, _ = products
     length, heads, width = q.shape
-    head_block, width_block = _head_block(heads), min(width, 256)
+    head_block, width_block = head_block_of(q), min(width, 256)
     out = torch.zeros(len(keys.x) - length, width, device=q.device, dtype=torch.float32)
     kernel_backward.scatter_gradient[(length, width // width_block, triton.cdiv(heads, head_block))](
         *products,
@@ -284,7 +298,7 @@ def _scattered(keys: Keys, products: tuple[Tensor, Tensor, Tensor, Tensor]) -> T
         slots=p.shape[1],
         head_block=head_block,
         width_block=width_block,
-        **_shape(q),
-        **_tiles(q, "scatter_gradient"),
+        **shape_of(q),
+        **tiles_of(q, "scatter_gradient"),
     )
     return out.to(q.dtype)

@@ -43,14 +43,14 @@ def slots_of(position, count, t, window: gl.constexpr, kind: gl.constexpr):
 
 
 @gluon.jit
-def listed_rows(rows, base, t, slot, first, last, tokens, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr):
-    """Return the rows of [T + C, K] in the slots of a query; its own row for slots that it does not see."""
+def listed_rows(rows, base, t, slot, first, last, offset, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr):
+    """Return the rows of keys in the slots of a query, the pool's from `offset` on; row t for slots that it does not see."""
     row = t - window + 1 + slot
     if kind == GATHERED:
         number = gl.load(rows + t.to(gl.int64) * k + slot - window, mask=(slot >= window) & (slot < last), other=0)
-        row = gl.where(slot < window, row, tokens + number)
+        row = gl.where(slot < window, row, offset + number)
     elif kind == RANGE:
-        row = gl.where(slot < window, row, tokens + gl.load(base + t).to(gl.int32) + slot - window)
+        row = gl.where(slot < window, row, offset + gl.load(base + t).to(gl.int32) + slot - window)
     return gl.where((slot >= first) & (slot < last), row, t)
 
 
@@ -77,7 +77,7 @@ def hidden_zero(x):
 
 @gluon.jit
 def _copy(
-    q, keys, rows, position, base, count, tokens, total, queries, tiles, bars,
+    q, keys, rows, position, base, count, tokens, offset, total, queries, tiles, bars,
     heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
 ):  # fmt: skip
     """Fill the buffers, query after query, as they come free."""
@@ -91,8 +91,8 @@ def _copy(
         first, last = slots_of(position, count, t, window, kind)
         begin = first // TILE
         end = (last + TILE - 1) // TILE
-        row = listed_rows(rows, base, t, begin * TILE + index, first, last, tokens, window, k, kind)
-        other = listed_rows(rows, base, t, begin * TILE + TILE + index, first, last, tokens, window, k, kind)
+        row = listed_rows(rows, base, t, begin * TILE + index, first, last, offset, window, k, kind)
+        other = listed_rows(rows, base, t, begin * TILE + TILE + index, first, last, offset, window, k, kind)
         mbarrier.wait(bars.index(QUERIES_FREE), (turn & 1) ^ 1)
         copy_rows(queries, 0, q, t * heads + item % (heads // TILE) * TILE + index, layout)
         async_copy.mbarrier_arrive(bars.index(QUERIES_READY), increment_count=False)
@@ -102,13 +102,13 @@ def _copy(
             copy_rows(tiles, 0, keys, row, layout)
             async_copy.mbarrier_arrive(bars.index(READY), increment_count=False)
             even += 1
-            row = listed_rows(rows, base, t, j * TILE + 2 * TILE + index, first, last, tokens, window, k, kind)
+            row = listed_rows(rows, base, t, j * TILE + 2 * TILE + index, first, last, offset, window, k, kind)
             if j + 1 < end:
                 mbarrier.wait(bars.index(FREE + 1), (odd & 1) ^ 1)
                 copy_rows(tiles, 4, keys, other, layout)
                 async_copy.mbarrier_arrive(bars.index(READY + 1), increment_count=False)
                 odd += 1
-            other = listed_rows(rows, base, t, j * TILE + 3 * TILE + index, first, last, tokens, window, k, kind)
+            other = listed_rows(rows, base, t, j * TILE + 3 * TILE + index, first, last, offset, window, k, kind)
 
 
 @gluon.jit
@@ -216,13 +216,14 @@ def _multiply(
 
 @gluon.jit
 def forward(
-    q, keys, rows, position, base, count, sink, out, lse, scale, tokens, total,
+    q, keys, rows, position, base, count, sink, out, lse, scale, tokens, offset, total,
     heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
 ):  # fmt: skip
-    """Attend as `kernel_forward.forward`, but to `keys` [T + C, 512], window above pool, and with lists whose entries come first.
+    """Attend as `kernel_forward.forward`, but to `keys` [T + C, 512], window above pool.
 
     Args:
-        position: [T] int64, where a token stands in its sample. total: queries times tiles of 64 heads, shared among the programs.
+        position: [T] int64, where a token stands in its sample. tokens: T. offset: where the pool begins in `keys`.
+        total: queries times tiles of 64 heads, shared among the programs.
     """
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     queries = gl.allocate_shared_memory(q.dtype.element_ty, [4, TILE, PIECE], shared)
@@ -255,7 +256,7 @@ def forward(
                     heads, window, kind, 1,
                 ),
             ),
-            (_copy, (q, keys, rows, position, base, count, tokens, total, queries, tiles, bars, heads, window, k, kind)),
+            (_copy, (q, keys, rows, position, base, count, tokens, offset, total, queries, tiles, bars, heads, window, k, kind)),
         ],
         [4, 4],
         [216, 72],

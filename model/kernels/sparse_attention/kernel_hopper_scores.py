@@ -79,16 +79,18 @@ def _copy(
 
 @gluon.jit
 def _multiply(
-    position, count, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr, side: gl.constexpr,
 ):  # fmt: skip
-    """Write P and dS of every other tile, one query after the other."""
+    """Write P and dS of every other tile, one query after the other; before, delta, the sum of out * grad, of half of the heads."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     head = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
     wide_layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 64]
     )
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    some_heads = gl.arange(0, TILE // 2, layout=gl.SliceLayout(1, rows_layout))
     index = gl.arange(0, TILE, layout=gl.SliceLayout(1, wide_layout))
     wide_head = gl.arange(0, TILE, layout=gl.SliceLayout(0, wide_layout))
     count_pieces = 0
@@ -99,6 +101,12 @@ def _multiply(
         wide_column = item % (heads // TILE) * TILE + wide_head
         first, last = slots_of(position, count, t, window, kind)
         norm = gl.load(lse + t * heads + column)
+        row = t * heads + item % (heads // TILE) * TILE + side * (TILE // 2) + some_heads
+        whole = row.to(gl.int64)[:, None] * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, rows_layout))[None, :]
+        dots = gl.sum(gl.load(out + whole).to(gl.float32) * gl.load(grad + whole).to(gl.float32), 1)
+        gl.store(delta + row, dots)
+        mbarrier.arrive(bars.index(4 * RING + 2 + side), count=1)
+        mbarrier.wait(bars.index(4 * RING + 3 - side), turn & 1)
         mean = gl.load(delta + t * heads + column) * scale
         mbarrier.wait(bars.index(4 * RING), turn & 1)
         turn = turn + 1
@@ -133,37 +141,40 @@ def _multiply(
 
 @gluon.jit
 def probabilities(
-    q, keys, rows, position, base, count, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total,
+    q, keys, rows, position, base, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total,
     heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
 ):  # fmt: skip
     """Write P and dS as `kernel_backward.probabilities`, from keys [T + C, 512], window above pool, and lists whose entries come first.
 
     Args:
+        out: [T, H, K] the forward's. delta: [T, H] fp32 out, the sum of out * grad.
         position: [T] int64, where a token stands in its sample. total: queries times tiles of 64 heads, shared among the programs.
     """
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     operands = gl.allocate_shared_memory(q.dtype.element_ty, [4, 2 * TILE, PIECE], shared)
     ring = gl.allocate_shared_memory(q.dtype.element_ty, [2 * RING, TILE, PIECE], shared)
-    bars = gl.allocate_shared_memory(gl.int64, [4 * RING + 2, 1], mbarrier.MBarrierLayout())
+    bars = gl.allocate_shared_memory(gl.int64, [4 * RING + 4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * RING):
         mbarrier.init(bars.index(i), count=128)
         mbarrier.init(bars.index(2 * RING + i), count=1)
     mbarrier.init(bars.index(4 * RING), count=128)
     mbarrier.init(bars.index(4 * RING + 1), count=2)
+    mbarrier.init(bars.index(4 * RING + 2), count=1)
+    mbarrier.init(bars.index(4 * RING + 3), count=1)
     # fmt: off
     gl.warp_specialize(
         [
             (
                 _multiply,
                 (
-                    position, count, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+                    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
                     heads, window, kind, slots, 0,
                 ),
             ),
             (
                 _multiply,
                 (
-                    position, count, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+                    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
                     heads, window, kind, slots, 1,
                 ),
             ),

@@ -42,5 +42,6 @@ def sparse_attention(
         expected["ckv"], got["ckv"] = (len(row.entries[ratio].first), q.shape[2]), tuple(ckv.shape)
     if got != expected:
         raise ValueError(f"sparse_attention: got shapes {got}, expected {expected}")
-    attention = FusedAttention if implementation_for(q) == "triton" else BlockedAttention
+    whole = q.shape[2] >= 16 and q.shape[2] & (q.shape[2] - 1) == 0
+    attention = FusedAttention if whole and implementation_for(q) == "triton" else BlockedAttention
     return attention.apply(q, kv, ckv, sink, indices, row, ratio if ckv is not None else 0)

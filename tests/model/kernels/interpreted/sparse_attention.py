@@ -11,7 +11,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kernels import choice
 from model.kernels.indexer.reference import top_entries
-from model.kernels.sparse_attention import fused, reference
+from model.kernels.sparse_attention import fused, listed, reference
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 
@@ -107,3 +107,26 @@ def test_a_sink_above_all_scores_takes_the_output() -> None:
     got = evaluate(sparse_attention, x, torch.float32)
     assert all(bool(value.isfinite().all()) for value in got)
     torch.testing.assert_close(got[0], torch.zeros_like(got[0]), atol=1e-20, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_lists_of_rows_in_a_cache(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    monkeypatch.setattr(listed, "LEAST", 100 // parts)
+    q, keys, sink = torch.randn(3, 5, 32), torch.randn(400, 32), torch.randn(5)
+    rows = torch.stack([torch.randperm(400)[:100] for _ in range(3)]).int()
+    count = torch.tensor([100, 1, 70], dtype=torch.int32)
+    got = listed.attend_listed(q, keys, rows, count, sink)
+    for i in range(3):
+        mine = keys[rows[i, : count[i]].long()]
+        scores = torch.cat([q[i] @ mine.T * 32**-0.5, sink[:, None]], 1)
+        torch.testing.assert_close(got[i], scores.softmax(1)[:, :-1] @ mine, atol=2e-5, rtol=1e-4)
+
+
+def test_keys_in_another_dtype_get_gradients_in_theirs() -> None:
+    torch.manual_seed(6)
+    x = case([20], "all")
+    inputs = x["inputs"]
+    q, kv, ckv = inputs["q"].requires_grad_(), inputs["kv"].bfloat16().requires_grad_(), inputs["ckv"].requires_grad_()
+    out = sparse_attention(q, kv, ckv, None, inputs["sink"], row=x["row"], ratio=4)
+    assert [g.dtype for g in torch.autograd.grad(out, (q, kv, ckv), x["grad"])] == [torch.float32, torch.bfloat16, torch.float32]
