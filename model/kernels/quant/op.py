@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +46,7 @@ def fake_quantize(x: Tensor, *, group: int, form: str, floor: float = 0.0, dtype
     """Round to the values of `form`, "e4m3" or "e2m1"; arguments as `quantize_fp8`. Returns the shape of `x`, its dtype by default."""
     largest, mantissa, least = {"e4m3": (448.0, 3, -6), "e2m1": (6.0, 1, 0)}[form]
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    grid = {"LEAST": 2.0**least, "ANCHOR": 1.5 * 2.0 ** (23 - mantissa)}
+    grid: dict[str, Any] = {"LEAST": 2.0**least, "ANCHOR": 1.5 * 2.0 ** (23 - mantissa)}
     _launch(fake_quantize_groups, (x, out), group=group, floor=floor, **_carry(largest), **grid)
     return out
 
@@ -60,7 +61,7 @@ def _carry(largest: float) -> dict[str, int]:
     return {"REST": ((1 << 23) - 1) - round((2 * fraction - 1) * (1 << 23)), "SHIFT": exponent - 1}
 
 
-def _launch(kernel, tensors: tuple[Tensor, ...], *, group: int, floor: float, warps: int = WARPS, **constants: float) -> None:
+def _launch(kernel, tensors: tuple[Tensor, ...], *, group: int, floor: float, warps: int = WARPS, **constants: Any) -> None:
     x = tensors[0]
     assert x.is_contiguous()
     width = x.shape[-1]
