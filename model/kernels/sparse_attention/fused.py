@@ -46,7 +46,7 @@ WIDE_TILES = {
     "forward": {"block": 128, "num_warps": 8, "num_stages": 1},
     "probabilities": {"block": 64, "num_warps": 8, "num_stages": 1},
     "query_gradient": {"block": 64, "num_warps": 8, "num_stages": 2},
-    "key_gradient": {"block": 64, "row_block": 64, "num_warps": 4, "num_stages": 3},
+    "key_gradient": {"block": 64, "row_block": 64, "num_warps": 8, "num_stages": 2},
     "scatter_gradient": {"block": 32, "num_warps": 4, "num_stages": 2},
 }
 """Of wider heads, up to 512."""
