@@ -16,13 +16,12 @@ def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: 
     Returns:
         input [T, D] in the dtype of `streams`, post [T, M] fp32, comb [T, M, M] fp32.
     """
-    collapsed, post, comb = op.mix_in(streams.float(), fn.float(), base.float(), scale.float(), config=config)
-    return collapsed.to(streams.dtype), post, comb
+    return op.mix_in(streams, fn.float(), base.float(), scale.float(), config=config)
 
 
 def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Put a sub-layer's output [T, D] back into the streams [T, M, D]; see `model.kernels.hyper_connections.op.mix_out`."""
-    return op.mix_out(output.float(), streams.float(), post, comb).to(streams.dtype)
+    return op.mix_out(output, streams, post, comb)
 
 
 def merge(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> Tensor:

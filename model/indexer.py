@@ -11,7 +11,8 @@ from model.compressor import Compressor
 from model.config import AnyConfig, ModelConfig
 from model.cpu import small_products
 from model.kernels.indexer.loss import IndexScores, indexer_loss
-from model.kernels.indexer.reference import select, top_entries
+from model.kernels.indexer.op import select
+from model.kernels.indexer.reference import top_entries
 from model.kernels.sparse_attention.blocked import Inputs
 from model.layout import PackedRow
 from model.linear import linear

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from model.kernels.choice import implementation_for
+
 _aten = torch.ops.aten
 
 
@@ -30,6 +32,10 @@ def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[
 
     Source: v4_spec 4.
     """
+    if implementation_for(x) == "triton":
+        from model.kernels.experts import fused  # brings Triton, which a CPU does without
+
+        return fused.RoutedExperts.apply(x, indices, weights, *matrices, limit)
     if not torch.is_grad_enabled() and indices.numel() <= FEW:
         return _padded(x, indices, weights, matrices, limit)
     return _Experts.apply(x, indices, weights, *matrices, limit)
