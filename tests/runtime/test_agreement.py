@@ -1,5 +1,9 @@
 """Rollout and trainer compute one model; a checkpoint restores training bit for bit; sampling depends on seed and weights alone."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -19,9 +23,10 @@ SAMPLING = SamplingConfig(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def parts(model_dir, tmp_path_factory):
-    """One engine with a math domain, and both handles on it."""
+def parts(request, tmp_path_factory):
+    """One engine with a math domain, and both handles on it; a process can only ever have one."""
 
+    model_dir = request.getfixturevalue(os.environ.get("AGREEMENT_MODEL", "model_dir"))
     setup = DomainSetup(name="math", domain=DomainConfig(kind="math"), sampling=SAMPLING)
     place = tmp_path_factory.mktemp("engine")
     zero = {"zero_optimization": {"stage": 1}}
@@ -115,3 +120,10 @@ def test_advantages_of_real_verdicts_are_centred(parts):
     verdicts = domain.grade(rollout.generate(domain.prompts("train", 2, seed=0), SAMPLING, samples=4, stream="f"))
     advantages = group_advantages(verdicts, samples_per_prompt=4)
     assert sum(a for a in advantages if a is not None) == pytest.approx(0)
+
+
+@pytest.mark.skipif("AGREEMENT_MODEL" in os.environ, reason="is the inner run")
+def test_all_of_this_holds_for_v32():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"AGREEMENT_MODEL": "v32_dir"}, check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout[-4000:]
