@@ -102,6 +102,18 @@ def query_gradient(
 
 
 @triton.jit
+def _slots_of_keys(places, query, key, local, seen, most, window: tl.constexpr, kind: tl.constexpr):
+    """Return the slot of each key [n, 1] in the row of each query [1, m], and which are there of those that may be seen."""
+    if kind == NONE:
+        return key - query + window - 1, seen
+    elif kind == GATHERED:
+        slot = tl.load(places + query.to(tl.int64) * most + local, mask=seen, other=-1).to(tl.int32)
+        return window + slot, seen & (slot >= 0)
+    else:
+        return window + local + query * 0, seen
+
+
+@triton.jit
 def key_gradient(
     q, grad, p, ds, places, begin, end, local, dkeys, number, most,
     heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, kind: tl.constexpr, slots: tl.constexpr,
@@ -134,14 +146,7 @@ def key_gradient(
         else:
             query, head = (r // heads)[None, :], (r % heads)[None, :]
         seen = (query >= key_begin) & (query < tl.minimum(key_end, high))
-        if kind == NONE:
-            slot = key - query + window - 1
-        elif kind == GATHERED:
-            slot = tl.load(places + query.to(tl.int64) * most + key_local, mask=seen, other=-1).to(tl.int32)
-            seen = seen & (slot >= 0)
-            slot = window + slot
-        else:
-            slot = window + key_local
+        slot, seen = _slots_of_keys(places, query, key, key_local, seen, most, window, kind)
         place = (query.to(tl.int64) * slots + slot) * heads + head
         seen = seen & (head >= 0)
         rows = r.to(tl.int64)[:, None] * width + channel[None, :]

@@ -120,6 +120,110 @@ def _add(weights, tiles, start, left, right):
 
 
 @gluon.jit
+def _add_pair(own, weights, tiles, bars, left, right, zero, pair, both, half: gl.constexpr):
+    """Add the values of a pair of tiles, or of its first alone, with this side's weights and the other's; free the tiles."""
+    if half == 0:
+        left, right = _add(own, tiles, zero, left, right)
+        mbarrier.arrive(bars.index(FREE), count=1)
+        mbarrier.wait(bars.index(WEIGHTS + 1), pair & 1)
+        if both:
+            left, right = _add(weights.index(zero + 1), tiles, zero + 4, left, right)
+            mbarrier.arrive(bars.index(FREE + 1), count=1)
+    else:
+        mbarrier.wait(bars.index(WEIGHTS), pair & 1)
+        left, right = _add(weights.index(zero), tiles, zero + 2, left, right)
+        mbarrier.arrive(bars.index(FREE), count=1)
+        if both:
+            left, right = _add(own, tiles, zero + 6, left, right)
+            mbarrier.arrive(bars.index(FREE + 1), count=1)
+    return left, right
+
+
+@gluon.jit
+def _score(queries, tiles, zero, half: gl.constexpr, layout: gl.constexpr):
+    """Multiply the queries by one tile of keys, [heads, keys]."""
+    acc = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout))
+    for piece in gl.static_range(4):
+        key = tiles.index(zero + 4 * half + piece).permute((1, 0))
+        acc = warpgroup_mma(queries.index(zero + piece), key, acc, use_acc=piece > 0, is_async=True)
+    return warpgroup_mma_wait(0, [acc])
+
+
+@gluon.jit
+def _hide(s, slot, first, last, layout: gl.constexpr):
+    """Put -inf where a tile of scores from `slot` on is not seen."""
+    if (slot < first) | (slot + TILE > last):
+        place = slot + gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
+        s = gl.where(((place >= first) & (place < last))[None, :], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _exchange(x, room, bars, place: gl.constexpr, bar: gl.constexpr, turn, half: gl.constexpr):
+    """Give the other side a number a head, and return its own."""
+    room.index(place + half).store(x)
+    mbarrier.arrive(bars.index(bar + half), count=1)
+    mbarrier.wait(bars.index(bar + 1 - half), turn & 1)
+    return room.index(place + 1 - half).load(x.type.layout)
+
+
+@gluon.jit
+def _write(out, left, right, head_row, half: gl.constexpr):
+    """Write half of the channels of 64 heads, in runs of 16 bytes."""
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128]
+    )
+    place = out + (head_row + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))).to(gl.int64)[:, None] * WIDTH
+    place = place + (half * 2 * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout)))[None, :]
+    gl.store(place, gl.convert_layout(left.to(out.dtype.element_ty), layout))
+    gl.store(place + PIECE, gl.convert_layout(right.to(out.dtype.element_ty), layout))
+
+
+@gluon.jit
+def _attend(
+    queries, tiles, weights, maxima, bars, m, first, last, scale, counts,
+    half: gl.constexpr, layout: gl.constexpr, scores_layout: gl.constexpr,
+):  # fmt: skip
+    """Attend with one query's 64 heads to all its tiles.
+
+    Args:
+        m: [64] the sink's logits. counts: tiles and pairs that this side has been through.
+
+    Returns:
+        The sums of weights times values, two pieces; the maximum; this side's sum of weights; the counts.
+    """
+    tile, pair = counts
+    mass = gl.full([TILE], 1.0 if half == 0 else 0.0, gl.float32, gl.SliceLayout(1, scores_layout))
+    left = gl.zeros([TILE, PIECE], gl.float32, layout)
+    right = gl.zeros([TILE, PIECE], gl.float32, layout)
+    end = (last + TILE - 1) // TILE
+    for j in range(first // TILE, end, 2):
+        zero = hidden_zero(j)
+        s = gl.full([TILE, TILE], float("-inf"), gl.float32, scores_layout)
+        if j + half < end:
+            mbarrier.wait(bars.index(READY + half), tile & 1)
+            tile += 1
+            s = _score(queries, tiles, zero, half, scores_layout)
+        mbarrier.arrive(bars.index(QUERIES_FREE), count=1, pred=j + 2 >= end)
+        s = _hide(s, (j + half) * TILE, first, last, scores_layout)
+        top = gl.max(s, 1) * scale
+        top = gl.maximum(gl.maximum(m, top), _exchange(top, maxima, bars, 0, MAXIMUM, pair, half))
+        p = power_of_two(s * scale - top[:, None])
+        shrink = power_of_two(m - top)
+        m = top
+        mass = mass * shrink + gl.sum(p, 1)
+        p = p.to(queries.dtype)
+        weights.index(half).store(p)
+        fence_async_shared()
+        mbarrier.arrive(bars.index(WEIGHTS + half), count=1)
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))[:, None]
+        own = gl.convert_layout(p, gl.DotOperandLayout(0, layout, k_width=2))
+        left, right = _add_pair(own, weights, tiles, bars, left * shrink, right * shrink, zero, pair, j + 1 < end, half)
+        pair += 1
+    return left, right, m, mass, (tile, pair)
+
+
+@gluon.jit
 def _multiply(
     position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, half: gl.constexpr,
@@ -127,91 +231,24 @@ def _multiply(
     """Attend with 64 heads, one query after the other: scores of every other tile, values of one half of the channels."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    head_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    store_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128]
-    )
-    head = gl.arange(0, TILE, layout=head_layout)
-    column = gl.arange(0, TILE, layout=gl.SliceLayout(0, scores_layout))
-    tile = 0
-    pair = 0
+    head = gl.arange(0, TILE, layout=gl.SliceLayout(1, scores_layout))
+    counts = (0, 0)
     turn = 0
-    exchange = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
         head_row = t * heads + item % (heads // TILE) * TILE
         first, last = slots_of(position, count, t, window, kind)
         m = gl.load(sink + item % (heads // TILE) * TILE + head).to(gl.float32) * LOG2E
-        mass = gl.full([TILE], 1.0 if half == 0 else 0.0, gl.float32, head_layout)
-        left = gl.zeros([TILE, PIECE], gl.float32, layout)
-        right = gl.zeros([TILE, PIECE], gl.float32, layout)
         mbarrier.wait(bars.index(QUERIES_READY), turn & 1)
+        left, right, m, mass, counts = _attend(
+            queries, tiles, weights, maxima, bars, m, first, last, scale, counts, half, layout, scores_layout
+        )
+        mass = mass + _exchange(mass, maxima, bars, 2, MASS, turn, half)
         turn = turn + 1
-        end = (last + TILE - 1) // TILE
-        for j in range(first // TILE, end, 2):
-            zero = hidden_zero(j)
-            s = gl.full([TILE, TILE], float("-inf"), gl.float32, scores_layout)
-            if j + half < end:
-                mbarrier.wait(bars.index(READY + half), tile & 1)
-                tile += 1
-                acc = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, scores_layout))
-                for piece in gl.static_range(4):
-                    acc = warpgroup_mma(
-                        queries.index(zero + piece),
-                        tiles.index(zero + 4 * half + piece).permute((1, 0)),
-                        acc,
-                        use_acc=piece > 0,
-                        is_async=True,
-                    )
-                s = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(bars.index(QUERIES_FREE), count=1, pred=j + 2 >= end)
-            slot = (j + half) * TILE
-            if (slot < first) | (slot + TILE > last):
-                s = gl.where(((slot + column >= first) & (slot + column < last))[None, :], s, float("-inf"))
-            top = gl.max(s, 1) * scale
-            maxima.index(half).store(top)
-            mbarrier.arrive(bars.index(MAXIMUM + half), count=1)
-            mbarrier.wait(bars.index(MAXIMUM + 1 - half), exchange & 1)
-            exchange += 1
-            top = gl.maximum(gl.maximum(m, top), maxima.index(1 - half).load(head_layout))
-            p = power_of_two(s * scale - top[:, None])
-            shrink = power_of_two(m - top)
-            m = top
-            mass = mass * shrink + gl.sum(p, 1)
-            p = p.to(out.dtype.element_ty)
-            weights.index(half).store(p)
-            fence_async_shared()
-            mbarrier.arrive(bars.index(WEIGHTS + half), count=1)
-            shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))[:, None]
-            left = left * shrink
-            right = right * shrink
-            own = gl.convert_layout(p, gl.DotOperandLayout(0, layout, k_width=2))
-            if half == 0:
-                left, right = _add(own, tiles, zero, left, right)
-                mbarrier.arrive(bars.index(FREE), count=1)
-                mbarrier.wait(bars.index(WEIGHTS + 1), pair & 1)
-                if j + 1 < end:
-                    left, right = _add(weights.index(zero + 1), tiles, zero + 4, left, right)
-                    mbarrier.arrive(bars.index(FREE + 1), count=1)
-            else:
-                mbarrier.wait(bars.index(WEIGHTS), pair & 1)
-                left, right = _add(weights.index(zero), tiles, zero + 2, left, right)
-                mbarrier.arrive(bars.index(FREE), count=1)
-                if j + 1 < end:
-                    left, right = _add(own, tiles, zero + 6, left, right)
-                    mbarrier.arrive(bars.index(FREE + 1), count=1)
-            pair += 1
-        maxima.index(2 + half).store(mass)
-        mbarrier.arrive(bars.index(MASS + half), count=1)
-        mbarrier.wait(bars.index(MASS + 1 - half), (turn & 1) ^ 1)
-        mass = mass + maxima.index(3 - half).load(head_layout)
         if half == 0:
             gl.store(lse + head_row + head, m + gl.log2(mass))
         scaling = gl.convert_layout(1.0 / mass, gl.SliceLayout(1, layout))[:, None]
-        place = out + (head_row + gl.arange(0, TILE, layout=gl.SliceLayout(1, store_layout))).to(gl.int64)[:, None] * WIDTH
-        place = place + (half * 2 * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, store_layout)))[None, :]
-        gl.store(place, gl.convert_layout((left * scaling).to(out.dtype.element_ty), store_layout))
-        gl.store(place + PIECE, gl.convert_layout((right * scaling).to(out.dtype.element_ty), store_layout))
+        _write(out, left * scaling, right * scaling, head_row, half)
 
 
 @gluon.jit
@@ -242,20 +279,10 @@ def forward(
     # fmt: off
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
-                    heads, window, kind, 0,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
-                    heads, window, kind, 1,
-                ),
-            ),
+            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
+                         heads, window, kind, 0)),
+            (_multiply, (position, count, sink, out, lse, scale, tokens, total, queries, tiles, weights, maxima, bars,
+                         heads, window, kind, 1)),
             (_copy, (q, keys, rows, position, base, count, tokens, offset, total, queries, tiles, bars, heads, window, k, kind)),
         ],
         [4, 4],

@@ -17,18 +17,22 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def copy_block(target, x, row, first, width: gl.constexpr, layout: gl.constexpr):
-    """Start copying `width` channels from `first` on of rows of `x` [*, 512]; the caller ends the group."""
-    channel = first + gl.arange(0, width, layout=gl.SliceLayout(0, layout))
-    copy(target, x + row.to(gl.int64)[:, None] * WIDTH + channel[None, :])
+def _copy_operands(
+    weights, values, x, y, row, slot, seen, channel,
+    heads: gl.constexpr, slots: gl.constexpr, weights_layout: gl.constexpr, rows_layout: gl.constexpr,
+):  # fmt: skip
+    """Start copying the operands of one product, and end the group.
 
-
-@gluon.jit
-def copy_weights(target, x, row, slot, seen, heads: gl.constexpr, slots: gl.constexpr, layout: gl.constexpr):
-    """Start copying 64 heads of one query's row [slots, H] of `x` at a slot for each key, zeros for keys that it does not see."""
-    head = row % (heads // TILE) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
+    Args:
+        weights, values: where to. x: [T, slots, H] at the slot of each key, zeros for keys that the query does not see.
+        y: [T, H, K], channels from `channel` on. row: 64 heads of a query, counted over all queries.
+    """
+    head = row % (heads // TILE) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(0, weights_layout))
     place = (row // (heads // TILE)).to(gl.int64) * slots + slot
-    copy(target, x + place[:, None] * heads + head[None, :], mask=seen[:, None])
+    copy(weights, x + place[:, None] * heads + head[None, :], mask=seen[:, None])
+    line = row * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
+    channel = channel + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, rows_layout))
+    copy(values, y + line.to(gl.int64)[:, None] * WIDTH + channel[None, :])
 
 
 @gluon.jit
@@ -53,21 +57,56 @@ def key_slots(place, key, begin, end, query, window: gl.constexpr, kind: gl.cons
 
 
 @gluon.jit
+def _sum(
+    q, grad, p, ds, places, key, key_begin, key_end, key_local, most, low, steps, channel, weights, values, total,
+    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
+    weights_layout: gl.constexpr, rows_layout: gl.constexpr,
+):  # fmt: skip
+    """Sum the products of at least one step, 64 heads of a query each, into `total` [keys, channels]."""
+    row = low * (heads // TILE)
+    place = read_places(places, key_local, key_begin, key_end, low, most, kind)
+    slot, seen = key_slots(place, key, key_begin, key_end, low, window, kind)
+    _copy_operands(weights.index(0), values.index(0), p, grad, row, slot, seen, channel, heads, slots, weights_layout, rows_layout)
+    async_copy.commit_group()
+    _copy_operands(weights.index(1), values.index(1), ds, q, row, slot, seen, channel, heads, slots, weights_layout, rows_layout)
+    async_copy.commit_group()
+    place = read_places(places, key_local, key_begin, key_end, low + TILE // heads, most, kind)
+    slot, seen = key_slots(place, key, key_begin, key_end, low + TILE // heads, window, kind)
+    acc = warpgroup_mma_init(total)
+    for i in range(steps):
+        row += 1
+        for product in gl.static_range(2):
+            here = ((2 * i) & 3) + product
+            ahead = ((2 * i + 2) & 3) + product
+            async_copy.wait_group(1)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
+            barrier()
+            acc = warpgroup_mma(weights.index(here), values.index(here), acc, is_async=True)
+            if i + 1 < steps:
+                x = p if product == 0 else ds
+                y = grad if product == 0 else q
+                _copy_operands(
+                    weights.index(ahead), values.index(ahead), x, y, row, slot, seen, channel, heads, slots, weights_layout, rows_layout
+                )
+            async_copy.commit_group()
+        place = read_places(places, key_local, key_begin, key_end, low + (i + 2) * TILE // heads, most, kind)
+        slot, seen = key_slots(place, key, key_begin, key_end, low + (i + 2) * TILE // heads, window, kind)
+    return warpgroup_mma_wait(0, [acc])
+
+
+@gluon.jit
 def key_gradient(
     q, grad, p, ds, places, begin, end, local, dkeys, number, most,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
     block: gl.constexpr, width_block: gl.constexpr,
 ):  # fmt: skip
-    """Write P^T grad + dS^T Q; as `kernel_backward.key_gradient`, with block * width_block = 32768, so that a thread sums 128 numbers."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4 if block == 64 else 8, 2 if block == 64 else 1], [16, 128 if block == 256 else 256, 16]
-    )
+    """Write P^T grad + dS^T Q as `kernel_backward.key_gradient`, of 128 keys and 256 channels, so that a thread sums 128 numbers."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 256, 16])
     weights_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2 if block == 256 else 1, 16 if block == 256 else 32], [8, 1], [1, 0])
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     weights = gl.allocate_shared_memory(q.dtype.element_ty, [4, block, TILE], shared)
     values = gl.allocate_shared_memory(q.dtype.element_ty, [4, TILE, width_block], shared)
-
     first = gl.program_id(0) * block
     low = gl.load(begin + first)
     high = gl.load(end + gl.minimum(first + block, number) - 1)
@@ -77,48 +116,14 @@ def key_gradient(
     key = first + gl.arange(0, block, layout=gl.SliceLayout(1, weights_layout))
     key_begin = gl.load(begin + key, mask=key < number, other=0)
     key_end = gl.load(end + key, mask=key < number, other=0)
-    key_local = key
-    if kind != NONE:
-        key_local = gl.load(local + key, mask=key < number, other=0)
+    key_local = gl.load(local + key, mask=key < number, other=0)
     channel = gl.program_id(1) * width_block
-    row = low * (heads // TILE)
-    tile_rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
-    place = read_places(places, key_local, key_begin, key_end, low, most, kind)
-    slot, seen = key_slots(place, key, key_begin, key_end, low, window, kind)
     total = gl.zeros([block, width_block], gl.float32, layout)
-    if steps > 0:
-        copy_weights(weights.index(0), p, row, slot, seen, heads, slots, weights_layout)
-        copy_block(values.index(0), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
-        async_copy.commit_group()
-        copy_weights(weights.index(1), ds, row, slot, seen, heads, slots, weights_layout)
-        copy_block(values.index(1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
-        async_copy.commit_group()
-        place = read_places(places, key_local, key_begin, key_end, low + TILE // heads, most, kind)
-        slot, seen = key_slots(place, key, key_begin, key_end, low + TILE // heads, window, kind)
-        acc = warpgroup_mma_init(total)
-        for i in range(steps):
-            here = (2 * i) & 3
-            ahead = (2 * i + 2) & 3
-            row += 1
-            async_copy.wait_group(1)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-            barrier()
-            acc = warpgroup_mma(weights.index(here), values.index(here), acc, is_async=True)
-            if i + 1 < steps:
-                copy_weights(weights.index(ahead), p, row, slot, seen, heads, slots, weights_layout)
-                copy_block(values.index(ahead), grad, row * TILE + tile_rows, channel, width_block, rows_layout)
-            async_copy.commit_group()
-            async_copy.wait_group(1)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-            barrier()
-            acc = warpgroup_mma(weights.index(here + 1), values.index(here + 1), acc, is_async=True)
-            if i + 1 < steps:
-                copy_weights(weights.index(ahead + 1), ds, row, slot, seen, heads, slots, weights_layout)
-                copy_block(values.index(ahead + 1), q, row * TILE + tile_rows, channel, width_block, rows_layout)
-            async_copy.commit_group()
-            place = read_places(places, key_local, key_begin, key_end, low + (i + 2) * TILE // heads, most, kind)
-            slot, seen = key_slots(place, key, key_begin, key_end, low + (i + 2) * TILE // heads, window, kind)
-        total = warpgroup_mma_wait(0, [acc])
+    if steps > 0:  # a loop that might not run once would make the compiler wait for every product
+        total = _sum(
+            q, grad, p, ds, places, key, key_begin, key_end, key_local, most, low, steps, channel, weights, values, total,
+            heads, window, kind, slots, weights_layout, rows_layout,
+        )  # fmt: skip
     key = first + gl.arange(0, block, layout=gl.SliceLayout(1, layout))
     target = (gl.program_id(2).to(gl.int64) * number + key)[:, None] * WIDTH + channel
     target = target + gl.arange(0, width_block, layout=gl.SliceLayout(0, layout))[None, :]

@@ -15,6 +15,9 @@ from model.kernels.sparse_attention.kernel_hopper_forward import PIECE, TILE, WI
 RING = gl.constexpr(3)
 """Pieces in flight for each of the two that multiply; what shared memory holds beside queries and output gradients."""
 
+FREE, OPERANDS_READY, OPERANDS_FREE, DELTA = gl.constexpr(6), gl.constexpr(12), gl.constexpr(13), gl.constexpr(14)
+"""Where the barriers stand, after one for each piece that is ready."""
+
 
 @gluon.jit
 def _head(column):
@@ -37,7 +40,7 @@ def _copy_piece(ring, x, row, piece, turn, bars, side: gl.constexpr, layout: gl.
     """Start copying one quarter of rows of keys [*, 512] to the next place of one ring, when it comes free."""
     here = side * RING + turn % RING
     channel = piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
-    mbarrier.wait(bars.index(2 * RING + here), (turn // RING & 1) ^ 1)
+    mbarrier.wait(bars.index(FREE + here), (turn // RING & 1) ^ 1)
     copy(ring.index(here), x + row.to(gl.int64)[:, None] * WIDTH + channel[None, :])
     async_copy.mbarrier_arrive(bars.index(here), increment_count=False)
 
@@ -57,13 +60,13 @@ def _copy(
         t = tokens - 1 - item // (heads // TILE)
         first, last = slots_of(position, count, t, window, kind)
         head_row = t * heads + item % (heads // TILE) * TILE + _head(index)
-        mbarrier.wait(bars.index(4 * RING + 1), (turn & 1) ^ 1)
+        mbarrier.wait(bars.index(OPERANDS_FREE), (turn & 1) ^ 1)
         channel = gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
         place = head_row.to(gl.int64)[:, None] * WIDTH + channel[None, :]
         for piece in gl.static_range(4):
             copy(operands.index(piece).slice(0, TILE), q + place + piece * PIECE)
             copy(operands.index(piece).slice(TILE, TILE), grad + place + piece * PIECE)
-        async_copy.mbarrier_arrive(bars.index(4 * RING), increment_count=False)
+        async_copy.mbarrier_arrive(bars.index(OPERANDS_READY), increment_count=False)
         turn = turn + 1
         end = (last + TILE - 1) // TILE
         for j in range(first // TILE, end, 2):
@@ -78,65 +81,78 @@ def _copy(
 
 
 @gluon.jit
+def _write_delta(out, grad, delta, row):
+    """Write the sums of out * grad of 32 heads, from row `row` on."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    row = row + gl.arange(0, TILE // 2, layout=gl.SliceLayout(1, layout))
+    place = row.to(gl.int64)[:, None] * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))[None, :]
+    gl.store(delta + row, gl.sum(gl.load(out + place).to(gl.float32) * gl.load(grad + place).to(gl.float32), 1))
+
+
+@gluon.jit
+def _products(operands, ring, bars, taken, side: gl.constexpr):
+    """Multiply one tile of keys by queries and output gradients: [keys, heads] of each, columns as `_head` says."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    acc = warpgroup_mma_init(gl.zeros([TILE, 2 * TILE], gl.float32, both_layout))
+    before = 0
+    for piece in gl.static_range(4):
+        here = side * RING + taken % RING
+        mbarrier.wait(bars.index(here), taken // RING & 1)
+        acc = warpgroup_mma(ring.index(here), operands.index(piece).permute((1, 0)), acc, use_acc=piece > 0, is_async=True)
+        if piece > 0:
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
+            mbarrier.arrive(bars.index(FREE + before), count=1)
+        before = here
+        taken += 1
+    both = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(bars.index(FREE + before), count=1)
+    s, d = both.reshape([TILE, 2, TILE]).permute([0, 2, 1]).split()
+    return gl.convert_layout(s, layout, assert_trivial=True), gl.convert_layout(d, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _write(x, values, t, j, first, last, column, heads: gl.constexpr, slots: gl.constexpr):
+    """Write [keys, heads] of one tile of a query to `x` [T, slots, H], where seen, in runs of 16 heads."""
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 64]
+    )
+    slot = j * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    head = column + gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
+    place = (t.to(gl.int64) * slots + slot)[:, None] * heads + head[None, :]
+    gl.store(x + place, _in_order(values.to(x.dtype.element_ty), layout), mask=((slot >= first) & (slot < last))[:, None])
+
+
+@gluon.jit
 def _multiply(
     position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr, side: gl.constexpr,
 ):  # fmt: skip
-    """Write P and dS of every other tile, one query after the other; before, delta, the sum of out * grad, of half of the heads."""
+    """Write P and dS of every other tile, one query after the other; before, delta of half of the heads."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    head = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
-    wide_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 64]
-    )
-    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    some_heads = gl.arange(0, TILE // 2, layout=gl.SliceLayout(1, rows_layout))
-    index = gl.arange(0, TILE, layout=gl.SliceLayout(1, wide_layout))
-    wide_head = gl.arange(0, TILE, layout=gl.SliceLayout(0, wide_layout))
-    count_pieces = 0
+    head = _head(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)))
+    taken = 0
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         t = tokens - 1 - item // (heads // TILE)
-        column = item % (heads // TILE) * TILE + _head(head)
-        wide_column = item % (heads // TILE) * TILE + wide_head
+        column = item % (heads // TILE) * TILE
         first, last = slots_of(position, count, t, window, kind)
-        norm = gl.load(lse + t * heads + column)
-        row = t * heads + item % (heads // TILE) * TILE + side * (TILE // 2) + some_heads
-        whole = row.to(gl.int64)[:, None] * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, rows_layout))[None, :]
-        dots = gl.sum(gl.load(out + whole).to(gl.float32) * gl.load(grad + whole).to(gl.float32), 1)
-        gl.store(delta + row, dots)
-        mbarrier.arrive(bars.index(4 * RING + 2 + side), count=1)
-        mbarrier.wait(bars.index(4 * RING + 3 - side), turn & 1)
-        mean = gl.load(delta + t * heads + column) * scale
-        mbarrier.wait(bars.index(4 * RING), turn & 1)
+        norm = gl.load(lse + t * heads + column + head)
+        _write_delta(out, grad, delta, t * heads + column + side * (TILE // 2))
+        mbarrier.wait(bars.index(OPERANDS_READY), turn & 1)
+        mbarrier.arrive(bars.index(DELTA + side), count=1)
+        mbarrier.wait(bars.index(DELTA + 1 - side), turn & 1)
         turn = turn + 1
+        mean = gl.load(delta + t * heads + column + head) * scale
         end = (last + TILE - 1) // TILE
         for j in range(first // TILE + side, end, 2):
-            acc = warpgroup_mma_init(gl.zeros([TILE, 2 * TILE], gl.float32, both_layout))
-            before = 0
-            for piece in gl.static_range(4):
-                here = side * RING + count_pieces % RING
-                mbarrier.wait(bars.index(here), count_pieces // RING & 1)
-                acc = warpgroup_mma(ring.index(here), operands.index(piece).permute((1, 0)), acc, use_acc=piece > 0, is_async=True)
-                if piece > 0:
-                    acc = warpgroup_mma_init(warpgroup_mma_wait(1, [acc]))
-                    mbarrier.arrive(bars.index(2 * RING + before), count=1)
-                before = here
-                count_pieces += 1
-            both = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(bars.index(2 * RING + before), count=1)
-            mbarrier.arrive(bars.index(4 * RING + 1), count=1, pred=j + 2 >= end)
-            s, d = both.reshape([TILE, 2, TILE]).permute([0, 2, 1]).split()
-            s = gl.convert_layout(s, layout, assert_trivial=True)
-            d = gl.convert_layout(d, layout, assert_trivial=True)
+            s, d = _products(operands, ring, bars, taken, side)
+            taken += 4
+            mbarrier.arrive(bars.index(OPERANDS_FREE), count=1, pred=j + 2 >= end)
             p = power_of_two(s * log2_scale - norm[None, :])
-            ds = p * (d * scale - mean[None, :])
-            slot = j * TILE + index
-            place = (t.to(gl.int64) * slots + slot)[:, None] * heads + wide_column[None, :]
-            seen = ((slot >= first) & (slot < last))[:, None]
-            gl.store(p_out + place, _in_order(p.to(p_out.dtype.element_ty), wide_layout), mask=seen)
-            gl.store(ds_out + place, _in_order(ds.to(ds_out.dtype.element_ty), wide_layout), mask=seen)
-        mbarrier.arrive(bars.index(4 * RING + 1), count=1, pred=first // TILE + side >= end)
+            _write(p_out, p, t, j, first, last, column, heads, slots)
+            _write(ds_out, p * (d * scale - mean[None, :]), t, j, first, last, column, heads, slots)
+        mbarrier.arrive(bars.index(OPERANDS_FREE), count=1, pred=first // TILE + side >= end)
 
 
 @gluon.jit
@@ -153,31 +169,21 @@ def probabilities(
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     operands = gl.allocate_shared_memory(q.dtype.element_ty, [4, 2 * TILE, PIECE], shared)
     ring = gl.allocate_shared_memory(q.dtype.element_ty, [2 * RING, TILE, PIECE], shared)
-    bars = gl.allocate_shared_memory(gl.int64, [4 * RING + 4, 1], mbarrier.MBarrierLayout())
+    bars = gl.allocate_shared_memory(gl.int64, [16, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * RING):
         mbarrier.init(bars.index(i), count=128)
-        mbarrier.init(bars.index(2 * RING + i), count=1)
-    mbarrier.init(bars.index(4 * RING), count=128)
-    mbarrier.init(bars.index(4 * RING + 1), count=2)
-    mbarrier.init(bars.index(4 * RING + 2), count=1)
-    mbarrier.init(bars.index(4 * RING + 3), count=1)
+        mbarrier.init(bars.index(FREE + i), count=1)
+    mbarrier.init(bars.index(OPERANDS_READY), count=128)
+    mbarrier.init(bars.index(OPERANDS_FREE), count=2)
+    mbarrier.init(bars.index(DELTA), count=1)
+    mbarrier.init(bars.index(DELTA + 1), count=1)
     # fmt: off
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
-                    heads, window, kind, slots, 0,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
-                    heads, window, kind, slots, 1,
-                ),
-            ),
+            (_multiply, (position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+                         heads, window, kind, slots, 0)),
+            (_multiply, (position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+                         heads, window, kind, slots, 1)),
             (_copy, (q, grad, keys, rows, position, base, count, tokens, total, operands, ring, bars, heads, window, k, kind)),
         ],
         [4, 4],

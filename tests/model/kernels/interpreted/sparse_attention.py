@@ -59,7 +59,7 @@ def evaluate(op, case: dict, dtype: torch.dtype) -> list[Tensor]:  # type: ignor
     return [out, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))]
 
 
-@pytest.mark.parametrize("lengths", [[1], [7], [40, 5, 1, 29]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [7], [27, 3, 1, 14]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_definition(lengths: list[int], kind: str) -> None:
     torch.manual_seed(0)
