@@ -188,7 +188,6 @@ def _attend(
 
     Args:
         m: [64] the sink's logits. counts: tiles and pairs that this side has been through.
-
     Returns:
         The sums of weights times values, two pieces; the maximum; this side's sum of weights; the counts.
     """

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from model.kernels.choice import implementation_for
 from model.kernels.sparse_attention.blocked import BlockedAttention
-from model.kernels.sparse_attention.fused import FusedAttention
 from model.layout import PackedRow
 
 
@@ -42,6 +41,10 @@ def sparse_attention(
         expected["ckv"], got["ckv"] = (len(row.entries[ratio].first), q.shape[2]), tuple(ckv.shape)
     if got != expected:
         raise ValueError(f"sparse_attention: got shapes {got}, expected {expected}")
-    whole = q.shape[2] >= 16 and q.shape[2] & (q.shape[2] - 1) == 0
-    attention = FusedAttention if whole and implementation_for(q) == "triton" else BlockedAttention
-    return attention.apply(q, kv, ckv, sink, indices, row, ratio if ckv is not None else 0)
+    inputs = (q, kv, ckv, sink, indices, row, ratio if ckv is not None else 0)
+    width = q.shape[2]
+    if implementation_for(q) != "triton" or width < 16 or width & (width - 1):  # the kernels' tiles are powers of two wide
+        return BlockedAttention.apply(*inputs)
+    from model.kernels.sparse_attention import fused  # brings Triton, which a CPU does without
+
+    return fused.FusedAttention.apply(*inputs)
