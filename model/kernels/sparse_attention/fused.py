@@ -66,11 +66,11 @@ class Keys:
     """Window and pool of a row as the kernels want them.
 
     Attributes:
-        row: layout. ratio: compress ratio of the pool. tokens: T.
+        row: layout. ratio: compress ratio of the pool.
         x: [T + C, K] window keys above compressed entries.
         kind: `NONE`, `RANGE` (all visible entries) or `GATHERED` (listed ones).
         base, count: [T] entries before the query's sample; how many it sees or lists.
-        rows: [T, k] int32 rows of the pool, -1 for none (`GATHERED`).
+        rows: [T, k] int32 rows of the pool, as far as `count` (`GATHERED`).
         places: [T, most] int16 where each entry stands in `rows`, -1 where it does not; None where the gradient is scattered.
         slots: the longest list.
     """

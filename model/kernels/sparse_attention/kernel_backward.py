@@ -22,7 +22,7 @@ def _weigh(key, seen, qt, dot, lse, delta, scale, log2_scale, precision: tl.cons
     return p, p * (dp - delta[None, :]) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def delta(out, grad, delta, rows, width: tl.constexpr, block: tl.constexpr):
     """Write the sum of out * grad of `block` rows [K], fp32: delta [rows], out and grad [rows, K]."""
     row = tl.program_id(0) * block + tl.arange(0, block)
@@ -32,10 +32,10 @@ def delta(out, grad, delta, rows, width: tl.constexpr, block: tl.constexpr):
     tl.store(delta + row, tl.sum(o * tl.load(grad + place, mask=there, other=0.0).to(tl.float32), 1), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "slots"])
 def probabilities(
     q, kv, ckv, cu, sample, rows, base, count, grad, lse, delta, p_out, ds_out, scale, log2_scale,
-    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k: tl.constexpr, kind: tl.constexpr, slots: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, kind: tl.constexpr, slots,
     head_block: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Write P and dS of one query and `head_block` heads.
@@ -72,10 +72,10 @@ def probabilities(
             tl.store(ds_out + place + (window + first) * heads, ds.to(ds_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "slots"])
 def query_gradient(
     kv, ckv, cu, sample, rows, base, count, ds, dq,
-    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k: tl.constexpr, kind: tl.constexpr, slots: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, kind: tl.constexpr, slots,
     head_block: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Write dQ [T, H, K] of one query and `head_block` heads: dS [T, slots, H] times the keys."""
@@ -113,10 +113,10 @@ def _slots_of_keys(places, query, key, local, seen, most, window: tl.constexpr, 
         return window + local + query * 0, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number", "most", "slots"])
 def key_gradient(
     q, grad, p, ds, places, begin, end, local, dkeys, number, most,
-    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, kind: tl.constexpr, slots: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, kind: tl.constexpr, slots,
     block: tl.constexpr, row_block: tl.constexpr, width_block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Write P^T grad + dS^T Q of `block` keys and `width_block` channels, over one part of the queries that see them.
@@ -157,10 +157,10 @@ def key_gradient(
     tl.store(dkeys + target, acc.to(dkeys.dtype.element_ty), mask=key < number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "slots"])
 def scatter_gradient(
     q, grad, p, ds, rows, count, dkeys,
-    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k: tl.constexpr, slots: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, slots,
     head_block: tl.constexpr, block: tl.constexpr, width_block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Add P^T grad + dS^T Q of one query, its listed entries and `width_block` channels to dkeys [C, K] fp32, in no fixed order."""

@@ -15,8 +15,8 @@ NONE, RANGE, GATHERED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def prepare(indices, base, rows, count, places, k: tl.constexpr, most, block: tl.constexpr, inverse: tl.constexpr):
+@triton.jit(do_not_specialize=["k", "most"])
+def prepare(indices, base, rows, count, places, k, most, block: tl.constexpr, inverse: tl.constexpr):
     """Turn one query's local entry numbers into rows of the pool, those there are first, and note each entry's place among them.
 
     Args:
@@ -46,7 +46,7 @@ def window_rows(t, start, first, width: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
-def pool_rows(rows, t, base, count, first, kind: tl.constexpr, k: tl.constexpr, block: tl.constexpr):
+def pool_rows(rows, t, base, count, first, kind: tl.constexpr, k, block: tl.constexpr):
     """Return the pool rows in `block` slots of a query's list from slot `first` on, and which of them are there."""
     slot = first + tl.arange(0, block)
     seen = slot < count
@@ -76,10 +76,10 @@ def _attend(key, seen, qt, m, l, acc, scale, precision: tl.constexpr):
     return top, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def forward(
     q, kv, ckv, cu, sample, rows, base, count, sink, out, lse, scale,
-    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k: tl.constexpr, kind: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, kind: tl.constexpr,
     head_block: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Attend from one query with `head_block` heads; write the output and the log2 of the sum of its exponentials.

@@ -43,7 +43,7 @@ def slots_of(position, count, t, window: gl.constexpr, kind: gl.constexpr):
 
 
 @gluon.jit
-def listed_rows(rows, base, t, slot, first, last, offset, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr):
+def listed_rows(rows, base, t, slot, first, last, offset, window: gl.constexpr, k, kind: gl.constexpr):
     """Return the rows of keys in the slots of a query, the pool's from `offset` on; row t for slots that it does not see."""
     row = t - window + 1 + slot
     if kind == GATHERED:
@@ -78,7 +78,7 @@ def hidden_zero(x):
 @gluon.jit
 def _copy(
     q, keys, rows, position, base, count, tokens, offset, total, queries, tiles, bars,
-    heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, k, kind: gl.constexpr,
 ):  # fmt: skip
     """Fill the buffers, query after query, as they come free."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -250,10 +250,10 @@ def _multiply(
         _write(out, left * scaling, right * scaling, head_row, half)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "offset", "total", "k"])
 def forward(
     q, keys, rows, position, base, count, sink, out, lse, scale, tokens, offset, total,
-    heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, k, kind: gl.constexpr,
 ):  # fmt: skip
     """Attend as `kernel_forward.forward`, but to `keys` [T + C, 512], window above pool.
 

@@ -19,7 +19,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 @gluon.jit
 def _copy_operands(
     weights, values, x, y, row, slot, seen, channel,
-    heads: gl.constexpr, slots: gl.constexpr, weights_layout: gl.constexpr, rows_layout: gl.constexpr,
+    heads: gl.constexpr, slots, weights_layout: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
     """Start copying the operands of one product, and end the group.
 
@@ -59,7 +59,7 @@ def key_slots(place, key, begin, end, query, window: gl.constexpr, kind: gl.cons
 @gluon.jit
 def _sum(
     q, grad, p, ds, places, key, key_begin, key_end, key_local, most, low, steps, channel, weights, values, total,
-    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots,
     weights_layout: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
     """Sum the products of at least one step, 64 heads of a query each, into `total` [keys, channels]."""
@@ -94,10 +94,10 @@ def _sum(
     return warpgroup_mma_wait(0, [acc])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["number", "most", "slots"])
 def key_gradient(
     q, grad, p, ds, places, begin, end, local, dkeys, number, most,
-    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots,
     block: gl.constexpr, width_block: gl.constexpr,
 ):  # fmt: skip
     """Write P^T grad + dS^T Q as `kernel_backward.key_gradient`, of 128 keys and 256 channels, so that a thread sums 128 numbers."""

@@ -48,7 +48,7 @@ def _copy_piece(ring, x, row, piece, turn, bars, side: gl.constexpr, layout: gl.
 @gluon.jit
 def _copy(
     q, grad, keys, rows, position, base, count, tokens, total, operands, ring, bars,
-    heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, k, kind: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings, query after query: a pair of tiles at a time, one for each side."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -112,7 +112,7 @@ def _products(operands, ring, bars, taken, side: gl.constexpr):
 
 
 @gluon.jit
-def _write(x, values, t, j, first, last, column, heads: gl.constexpr, slots: gl.constexpr):
+def _write(x, values, t, j, first, last, column, heads: gl.constexpr, slots):
     """Write [keys, heads] of one tile of a query to `x` [T, slots, H], where seen, in runs of 16 heads."""
     layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 64]
@@ -126,7 +126,7 @@ def _write(x, values, t, j, first, last, column, heads: gl.constexpr, slots: gl.
 @gluon.jit
 def _multiply(
     position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
-    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr, side: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots, side: gl.constexpr,
 ):  # fmt: skip
     """Write P and dS of every other tile, one query after the other; before, delta of half of the heads."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -155,10 +155,10 @@ def _multiply(
         mbarrier.arrive(bars.index(OPERANDS_FREE), count=1, pred=first // TILE + side >= end)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "total", "k", "slots"])
 def probabilities(
     q, keys, rows, position, base, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total,
-    heads: gl.constexpr, window: gl.constexpr, k: gl.constexpr, kind: gl.constexpr, slots: gl.constexpr,
+    heads: gl.constexpr, window: gl.constexpr, k, kind: gl.constexpr, slots,
 ):  # fmt: skip
     """Write P and dS as `kernel_backward.probabilities`, from keys [T + C, 512], window above pool, and lists whose entries come first.
 
