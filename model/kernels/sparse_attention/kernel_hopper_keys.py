@@ -1,7 +1,7 @@
 """The keys' gradient of sparse attention on Hopper, for 512 channels and heads in 64s.
 
-Two warpgroups sum P^T grad + dS^T Q of a block of keys over the queries that see them. The operands of the next query are copied while
-those of one are multiplied, rows of weights by their slot, zeros where a query does not see a key.
+Two warpgroups sum P^T grad + dS^T Q of a block of keys over the queries that see them. The operands of the next two products are copied
+while one is multiplied, rows of weights by their slot, zeros where a query does not see a key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _copy_operands(
     weights, values, x, y, row, slot, seen, channel,
     heads: gl.constexpr, slots, weights_layout: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the operands of one product, and end the group.
+    """Start copying the operands of one product; the caller ends the group.
 
     Args:
         weights, values: where to. x: [T, slots, H] at the slot of each key, zeros for keys that the query does not see.
