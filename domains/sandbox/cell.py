@@ -244,6 +244,8 @@ class Cell:
             return False
         if _resident_bytes(_namespace_members(self._child_pid)) > self._limits.memory_mib << 20:
             return True
+        if not self.started:
+            return False  # Until bubblewrap has changed the root, /tmp is this machine's.
         try:
             files = os.statvfs(f"/proc/{self._child_pid}/root/tmp")
         except OSError:

@@ -101,6 +101,12 @@ def test_a_sandbox_that_cannot_start_is_infrastructure(sandbox: Sandbox, monkeyp
     assert "did not start" in completed.detail
 
 
+def test_files_of_the_machine_are_not_counted_before_the_cell_has_its_own_root(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell, "_WATCH_S", 0.0)
+    monkeypatch.setattr(cell, "_INODES", -1)  # any file at all is one too many: only a cell that began may say so
+    assert {sandbox.run("import time; time.sleep(0.2)").status for _ in range(5)} == {"memory"}
+
+
 def test_no_process_to_be_had_is_infrastructure_after_one_retry(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[int] = []
 
