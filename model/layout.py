@@ -83,12 +83,14 @@ class PackedRow:
         self.blocks = -(-length // self.block)
         self.reach = -(-self.window // self.block) * self.block
         """Keys before a query block that its window may reach, a whole number of blocks."""
+        self.live = self._live_blocks()
+        """[n] query blocks that somebody reads, where samples share tokens: the others repeat tokens computed elsewhere. None for all."""
         ratios = sorted({r for r in config.compress_ratios if r})
         frequencies = {kind: inverse_frequencies(config, compressed=kind) for kind in (False, True)}
         places = self.gather(self.position)
         self.turns = {kind: rotations(places, f) for kind, f in frequencies.items() if kind in (False, bool(ratios))}
         self.entries = {ratio: self._entries(ratio, frequencies[True]) for ratio in ratios}
-        self._biases: dict[tuple[int, int, int], Tensor] = {}
+        self._biases: dict[tuple[int, int], Tensor] = {}
 
     def spread(self, x: Tensor) -> Tensor:
         """Give every token of the row its state: [U, ...] to [T, ...]."""
@@ -97,6 +99,18 @@ class PackedRow:
     def gather(self, x: Tensor) -> Tensor:
         """Keep one token's state for each computed token: [T, ...] to [U, ...]."""
         return x if self.origin is None else x.index_select(0, self.origin)
+
+    def _live_blocks(self) -> Tensor | None:
+        if self.origin is None or self.indexer:
+            return None
+        live = torch.unique(self.origin // self.block)
+        return live if len(live) < self.blocks else None
+
+    def among(self, first: int, last: int, *, live: bool) -> Tensor:
+        """Number the query blocks [first, last) of all, or of the live ones: [last - first] int64."""
+        if live and self.live is not None:
+            return self.live[first:last]
+        return torch.arange(first, last, device=self.cu_seqlens.device)
 
     def _entries(self, ratio: int, frequencies: Tensor) -> Entries:
         device = self.cu_seqlens.device
@@ -137,27 +151,28 @@ class PackedRow:
         width = self.entries[ratio].width if ratio else 0
         return -(-(self.reach + self.block + width + 1) // 8) * 8
 
-    def bias(self, ratio: int, first: int, last: int) -> Tensor:
-        """Return what is added to the scores of query blocks [first, last) when every complete entry is visible.
+    def bias(self, ratio: int, first: int, last: int, *, live: bool = False) -> Tensor:
+        """Return what is added to the scores of query blocks [first, last), of all or of the live ones, when every entry is visible.
 
         Returns:
             [last - first, block, keys] fp32, 0 where the query sees the key, -inf elsewhere and in the sink's column.
         """
-        key = (ratio, first, last)
-        if key not in self._biases:
-            bias = self._make_bias(ratio, first, last)
-            if (first, last) != (0, self.blocks):
+        live = live and self.live is not None
+        key = (ratio, last if live else -last)
+        if first or key not in self._biases:
+            bias = self._make_bias(ratio, self.among(first, last, live=live))
+            if first or last != (len(self.live) if live and self.live is not None else self.blocks):
                 return bias
             self._biases[key] = bias
         return self._biases[key]
 
-    def _make_bias(self, ratio: int, first: int, last: int) -> Tensor:
+    def _make_bias(self, ratio: int, blocks: Tensor) -> Tensor:
         device = self.cu_seqlens.device
-        bias = torch.full((last - first, self.block, self.keys(ratio)), float("-inf"), device=device)
-        query = torch.arange(first * self.block, last * self.block, device=device)
+        bias = torch.full((len(blocks), self.block, self.keys(ratio)), float("-inf"), device=device)
+        query = (blocks.unsqueeze(1) * self.block + torch.arange(self.block, device=device)).flatten()
         token = query.clamp(max=self.length - 1)
         lowest = torch.maximum(query - self.window + 1, self.cu_seqlens[self.sample[token]]).view(-1, self.block, 1)
-        starts = torch.arange(first, last, device=device) * self.block - self.reach
+        starts = blocks * self.block - self.reach
         key = starts.view(-1, 1, 1) + torch.arange(self.reach + self.block, device=device)
         seen = (key >= lowest) & (key <= query.view(-1, self.block, 1))
         bias[:, :, : self.reach + self.block].masked_fill_(seen, 0)
@@ -165,26 +180,26 @@ class PackedRow:
             entries = self.entries[ratio]
             low = entries.base[token].view(-1, self.block, 1)
             high = low + entries.visible[token].view(-1, self.block, 1)
-            entry = entries.start[first:last].view(-1, 1, 1) + torch.arange(entries.width, device=device)
+            entry = entries.start[blocks].view(-1, 1, 1) + torch.arange(entries.width, device=device)
             begin = self.reach + self.block
             bias[:, :, begin : begin + entries.width].masked_fill_((entry >= low) & (entry < high), 0)
         return bias
 
-    def selected_bias(self, ratio: int, indices: Tensor, *, first: int, last: int) -> Tensor:
+    def selected_bias(self, ratio: int, indices: Tensor, *, first: int, last: int, live: bool = False) -> Tensor:
         """Return `bias` with only the selected compressed entries visible.
 
         Args:
             ratio: compress ratio of the layer.
             indices: [T, k] int64 local entry numbers, -1 for none.
-            first, last: range of query blocks.
+            first, last: range of query blocks, of all or of the live ones.
 
         Returns:
             [last - first, block, keys] fp32.
         """
         entries, begin = self.entries[ratio], self.reach + self.block
-        bias = self.bias(ratio, first, last).clone()
-        rows = self.padded(indices, -1)[first:last]
-        offset = self.padded(entries.base)[first:last] - entries.start[first:last].unsqueeze(1)
+        bias, blocks = self.bias(ratio, first, last, live=live).clone(), self.among(first, last, live=live)
+        rows = self.padded(indices, -1)[blocks]
+        offset = self.padded(entries.base)[blocks] - entries.start[blocks].unsqueeze(1)
         spare = entries.width
         column = torch.where(rows >= 0, rows + offset.unsqueeze(-1), spare)
         chosen = torch.full((*rows.shape[:2], spare + 1), float("-inf"), device=bias.device)
@@ -192,10 +207,10 @@ class PackedRow:
         bias[:, :, begin : begin + spare] = chosen[:, :, :spare]
         return bias
 
-    def entry_rows(self, ratio: int, first: int, last: int) -> Tensor:
-        """Return the entries that query blocks [first, last) gather: [last - first, width] int64, clamped into range."""
+    def entry_rows(self, ratio: int, first: int, last: int, *, live: bool = False) -> Tensor:
+        """Return the entries that query blocks gather, chosen as in `bias`: [last - first, width] int64, clamped into range."""
         entries = self.entries[ratio]
-        rows = entries.start[first:last].unsqueeze(1) + torch.arange(entries.width, device=entries.start.device)
+        rows = entries.start[self.among(first, last, live=live)].unsqueeze(1) + torch.arange(entries.width, device=entries.start.device)
         return rows.clamp(max=max(len(entries.first) - 1, 0))
 
 

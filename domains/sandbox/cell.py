@@ -247,7 +247,7 @@ class Cell:
         if not self.started:
             return False  # Until bubblewrap has changed the root, /tmp is this machine's.
         try:
-            files = os.statvfs(f"/proc/{self._child_pid}/root/tmp")
+            files = os.statvfs(Path("/proc", str(self._child_pid), "root", "tmp"))
         except OSError:
             return False  # The cell ended between two looks.
         return files.f_files - files.f_ffree > _INODES
