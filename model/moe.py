@@ -169,5 +169,5 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sqrtsoftplus": _sqrt_softplus
 def _hash_table(config: AnyConfig, layer: int) -> Tensor:
     """Draw distinct experts for every token id, [V, A] int64; the same for every model of this shape."""
     generator = torch.Generator().manual_seed(_HASH_SEED + layer)
-    draws = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator)
+    draws = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator, device="cpu")
     return draws.topk(config.num_experts_per_tok, dim=-1).indices
