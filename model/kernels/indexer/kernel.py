@@ -37,7 +37,7 @@ def index_scores(q, keys, weights, base, visible, scores, first, last, count_key
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """Turn fp32 numbers into integers of the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -57,7 +57,7 @@ def _quantile(share):
 
 
 @triton.jit
-def _threshold(score, key, inside, seen, wanted):
+def find_threshold(score, key, inside, seen, wanted):
     """Find an integer that at least `wanted` keys reach, exactly so many unless they tie there; returns it and how many.
 
     The first guess takes scores for normally distributed, the next ones interpolate between two bounds (the Illinois rule: a bound that
@@ -66,7 +66,7 @@ def _threshold(score, key, inside, seen, wanted):
     low, high = tl.min(tl.where(inside, key, 2147483647), 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1
     mean = tl.sum(score, 0) / seen
     spread = tl.sqrt(tl.sum(tl.where(inside, (score - mean) * (score - mean), 0.0), 0) / seen)
-    guess = _ordered(mean + spread * _quantile(wanted / seen.to(tl.float32))).to(tl.int64)
+    guess = ordered(mean + spread * _quantile(wanted / seen.to(tl.float32))).to(tl.int64)
     reached, turn, side = seen, seen * 0, seen * 0
     over, under = (seen - wanted).to(tl.float32) + 0.5, (0 - wanted).to(tl.float32) + 0.5
     while (reached != wanted) & (high - low > 1):
@@ -81,7 +81,7 @@ def _threshold(score, key, inside, seen, wanted):
         side = tl.where(enough, 1, -1)
         turn += 1
         bottom, top = _number(low.to(tl.int32)), _number((high - 1).to(tl.int32))
-        guess = _ordered(bottom + (top - bottom) * (over / (over - under))).to(tl.int64)
+        guess = ordered(bottom + (top - bottom) * (over / (over - under))).to(tl.int64)
         guess = tl.where((turn > 12) & (turn % 2 == 0), (low + high) >> 1, guess)
     return low.to(tl.int32), reached
 
@@ -104,8 +104,8 @@ def select_rows(scores, base, visible, out, first, stride, wanted, QUERIES: tl.c
         begin = start - tl.load(base + first + local // QUERIES * QUERIES)
         inside = lanes < seen
         score = tl.load(scores + local.to(tl.int64) * stride + begin + lanes, inside, 0.0) + 0.0
-        key = tl.where(inside, _ordered(score), -2147483648)
-        threshold, reached = _threshold(score, key, inside, seen, wanted)
+        key = tl.where(inside, ordered(score), -2147483648)
+        threshold, reached = find_threshold(score, key, inside, seen, wanted)
         equal = key == threshold
         ties = tl.sum(equal.to(tl.int32), 0)
         kept = (key > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties - (reached - wanted)))

@@ -68,3 +68,13 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: i
         numbers = top_entries(scores, min(count, entries.width))
         found.append(torch.where(numbers >= 0, numbers - low[first:last], -1))
     return torch.cat(found).flatten(0, 1)[: row.length]
+
+
+def select_entries(q: Tensor, keys: Tensor, weights: Tensor, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Compute `listed.select_entries`; entries by score."""
+    entries = keys.shape[1]
+    hidden = torch.arange(entries, device=q.device) >= count.unsqueeze(1)
+    heads = torch.bmm(q.float(), keys.float().mT).relu_()
+    scores = torch.bmm(weights.float().unsqueeze(1), heads).squeeze(1).masked_fill_(hidden, float("-inf"))
+    best = top_entries(scores, min(k, entries)).int()
+    return torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-1), count.clamp(max=k)

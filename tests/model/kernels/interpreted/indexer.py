@@ -5,8 +5,9 @@ import torch
 
 from model.config import ModelConfig
 from model.kernels.choice import choose
-from model.kernels.indexer import fused
+from model.kernels.indexer import fused, fused_listed
 from model.kernels.indexer.kernel import select_rows
+from model.kernels.indexer.listed import select_entries
 from model.kernels.indexer.op import select
 from model.layout import PackedRow
 
@@ -71,3 +72,29 @@ def test_selection_is_exact_and_breaks_ties_to_the_lower_number(values):
     scores = scores.clamp(-3e38, 3e38)
     order = torch.sort(scores + 0.0, dim=1, descending=True, stable=True).indices[:, :37].sort(1).values
     assert torch.equal(chosen(scores, 37), order)
+
+
+@pytest.mark.parametrize(("entries", "k"), [(1, 3), (40, 6), (130, 20), (700, 37)], ids=str)
+def test_entries_of_single_queries(entries, k, monkeypatch):
+    monkeypatch.setattr(fused_listed, "TILE", fused_listed.TILE | {"KEYS": 16})
+    monkeypatch.setattr(fused_listed, "PROGRAMS", 20)
+    monkeypatch.setattr(fused_listed, "SPAN", 64)
+    monkeypatch.setattr(fused_listed, "LAST", 100)
+    torch.manual_seed(entries)
+    q, weights = torch.randn(4, 3, 24), torch.randn(4, 3)
+    keys = torch.randn(4, entries + 5, 24)[:, :entries].round()
+    count = torch.tensor([entries, entries // 2, 0, min(entries, k)], dtype=torch.int32)
+    q[0] = q[0].round()
+    weights[0] = weights[0].round()  # many ties
+    for row, seen in enumerate(count.tolist()):
+        keys[row, seen:] = float("nan")
+    rows, number = select_entries(q, keys, weights, count, k)
+    assert rows.shape == (4, k) and rows.dtype == number.dtype == torch.int32
+    assert number.tolist() == [min(k, seen) for seen in count.tolist()]
+    for row, seen in enumerate(count.tolist()):
+        scores = torch.einsum("h,hc->c", weights[row], (q[row] @ keys[row, :seen].T).relu())
+        best = torch.sort(scores + 0.0, descending=True, stable=True).indices[:k].sort().values.tolist()
+        assert rows[row].tolist() == best + [-1] * (k - len(best))
+    choose("reference")
+    plain, counted = select_entries(q, keys.nan_to_num(), weights, count, k)
+    assert torch.equal(counted, number) and torch.equal(plain.sort(1).values, rows.sort(1).values)
