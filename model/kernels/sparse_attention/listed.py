@@ -6,15 +6,22 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernels.sparse_attention import kernel_forward, kernel_hopper_forward
-from model.kernels.sparse_attention.fused import GATHERED, PROCESSORS, head_block_of, on_hopper, shape_of, tiles_of
+from model.kernels.sparse_attention import kernel_hopper_forward, kernel_listed
+from model.kernels.sparse_attention.fused import GATHERED, PROCESSORS, on_hopper
 from model.kernels.sparse_attention.kernel_forward import LOG2E
 
-LEAST = 128
+LEAST = 64
 """Rows of a list that are worth a program of their own."""
 
-NOTHING = -1e30
-"""Logit of a sink that is not there; a part of a list has none."""
+HEADS = 32
+"""Heads of one program at most: fewer fill more processors, but read each key more often."""
+
+NARROW = {"BLOCK": 64, "STAGES": 3, "num_warps": 4}
+"""Tiles of keys up to 128 channels wide."""
+WIDE = {"BLOCK": 64, "STAGES": 2, "num_warps": 8}
+"""Of wider keys."""
+WIDE_FP32 = {"BLOCK": 32, "STAGES": 1, "num_warps": 8}
+"""Of wider keys in fp32: for comparison, not for speed."""
 
 
 def attend_listed(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, sink: Tensor) -> Tensor:
@@ -23,8 +30,8 @@ def attend_listed(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, sink: Te
     Few queries with long lists are attended to in parts, which are then put together by their sums of exponentials.
 
     Args:
-        q: [B, H, K].
-        keys: [N, K], the caches of all queries one after the other, N >= B * parts.
+        q: [B, H, K], K a power of two.
+        keys: [N, K], the caches of all queries one after the other.
         rows: [B, k] int32, the rows that a query lists, first of all.
         count: [B] int32, how many.
         sink: [H] logits.
@@ -32,37 +39,63 @@ def attend_listed(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, sink: Te
     Returns:
         [B, H, K] in the dtype of `q`.
     """
+    if on_hopper(q, 0) and _parts(q, rows) == 1:
+        return _attend_on_hopper(q, keys, rows, count, sink)
+    return _attend(q, keys, rows, count, values=q.shape[2], sink=sink, scale=q.shape[2] ** -0.5)
+
+
+def attend_latents(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, *, values: int) -> Tensor:
+    """Attend as `attend_listed`, but only the first channels of a key are its value, no sink, and queries come scaled.
+
+    Args:
+        q: [B, H, K], scaled.
+        keys: [N, K]; rows: [B, k] int32; count: [B] int32, all as of `attend_listed`.
+        values: channels of a value; a power of two, and so is what is left of K.
+
+    Returns:
+        [B, H, values] in the dtype of `q`.
+
+    Source: V3.2 report section 2.1, MQA mode.
+    """
+    return _attend(q, keys, rows, count, values=values, sink=None, scale=1.0)
+
+
+def _parts(q: Tensor, rows: Tensor) -> int:
+    """Count the parts that lists are attended to in, so that all processors have something to do."""
+    return max(1, min(triton.cdiv(rows.shape[1], LEAST), PROCESSORS // (len(q) * triton.cdiv(q.shape[1], HEADS))))
+
+
+def _attend(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, *, values: int, sink: Tensor | None, scale: float) -> Tensor:
     batch, heads, width = q.shape
-    k = rows.shape[1]
-    parts = max(1, min(k // LEAST, PROCESSORS // (batch * triton.cdiv(heads, 64))))
-    if parts == 1:
-        return _attend(q, keys, rows.contiguous(), count, sink)[0]
-    span = triton.cdiv(triton.cdiv(k, parts), 64) * 64
-    rows = torch.nn.functional.pad(rows, (0, parts * span - k)).view(batch * parts, span)
-    starts = torch.arange(parts, device=q.device, dtype=torch.int32) * span
-    count = (count[:, None] - starts).clamp(0, span).flatten()
-    out, lse = _attend(q.repeat_interleave(parts, 0), keys, rows, count, torch.full_like(sink, NOTHING))
-    lse = torch.cat([lse.view(batch, parts, heads), (sink.float() * LOG2E.value).expand(batch, 1, heads)], 1)
-    share = torch.softmax(lse * (1 / LOG2E.value), 1)[:, :-1]
-    return torch.einsum("bphk,bph->bhk", out.view(batch, parts, heads, width).float(), share).to(q.dtype)
+    tile = NARROW if width <= 128 else WIDE if q.element_size() == 2 else WIDE_FP32
+    head_block = min(HEADS if width <= 128 or q.element_size() == 2 else 16, max(16, triton.next_power_of_2(heads)))
+    parts, k, block = _parts(q, rows), rows.shape[1], tile["BLOCK"]
+    span = triton.cdiv(triton.cdiv(k, parts), block) * block
+    parts = triton.cdiv(k, span)
+    out = torch.empty(batch, heads, values, device=q.device, dtype=q.dtype)
+    partial = out if parts == 1 else torch.empty(batch, parts, heads, values, device=q.device, dtype=torch.float32)
+    lse = torch.empty(batch, parts, heads, device=q.device, dtype=torch.float32)
+    q, rows, logits = q.contiguous(), rows.contiguous(), q if sink is None else sink
+    kernel_listed.attend_part[(batch, triton.cdiv(heads, head_block), parts)](
+        q, keys, rows, count, logits, partial, lse, scale * LOG2E.value, k, span, heads=heads, width=width, VALUES=values,
+        REST=width - values, HEADS=head_block, WHOLE=parts == 1, HAS_SINK=sink is not None,
+        precision="ieee" if q.dtype == torch.float32 else "tf32", **tile,
+    )  # fmt: skip
+    if parts > 1:
+        channels = min(64, values)
+        kernel_listed.combine[(batch, heads, values // channels)](
+            partial, lse, count, logits, out, k, span, parts, heads=heads, VALUES=values, PARTS=triton.next_power_of_2(parts),
+            CHANNELS=channels, HAS_SINK=sink is not None, num_warps=4,
+        )  # fmt: skip
+    return out
 
 
-def _attend(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output and the log2 of the sum of exponentials, [B, H] fp32."""
+def _attend_on_hopper(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, sink: Tensor) -> Tensor:
     batch, heads, width = q.shape
     q, out, lse = q.contiguous(), torch.empty_like(q), torch.empty(batch, heads, device=q.device, dtype=torch.float32)
-    zeros = torch.zeros(batch, device=q.device, dtype=torch.int64)
-    results = (sink, out, lse, width**-0.5 * LOG2E.value)
-    sizes = {"heads": heads, "window": 0, "k": rows.shape[1], "kind": GATHERED}
-    if on_hopper(q, 0):
-        total = batch * heads // 64
-        kernel_hopper_forward.forward[(min(total, PROCESSORS),)](
-            q, keys, rows, zeros, zeros, count, *results, batch, 0, total, **sizes, num_warps=4
-        )
-    else:
-        head_block = head_block_of(q)
-        arguments = (q, keys, keys, zeros, zeros, rows, zeros, count, *results)
-        kernel_forward.forward[(batch, triton.cdiv(heads, head_block))](
-            *arguments, head_block=head_block, **{**sizes, **shape_of(q), **tiles_of(q, "forward")}
-        )
-    return out, lse
+    zeros, total = torch.zeros(batch, device=q.device, dtype=torch.int64), batch * heads // 64
+    kernel_hopper_forward.forward[(min(total, PROCESSORS),)](
+        q, keys, rows.contiguous(), zeros, zeros, count, sink, out, lse, width**-0.5 * LOG2E.value, batch, 0, total,
+        heads=heads, window=0, k=rows.shape[1], kind=GATHERED, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -110,17 +110,22 @@ def test_a_sink_above_all_scores_takes_the_output() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_lists_of_rows_in_a_cache(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [32, 48], ids=["sink", "latents"])
+def test_lists_of_rows_in_a_cache(parts: int, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
-    monkeypatch.setattr(listed, "LEAST", 100 // parts)
-    q, keys, sink = torch.randn(3, 5, 32), torch.randn(400, 32), torch.randn(5)
-    rows = torch.stack([torch.randperm(400)[:100] for _ in range(3)]).int()
-    count = torch.tensor([100, 1, 70], dtype=torch.int32)
-    got = listed.attend_listed(q, keys, rows, count, sink)
-    for i in range(3):
+    monkeypatch.setattr(listed, "LEAST", 150 // parts)
+    monkeypatch.setattr(listed, "NARROW", listed.NARROW | {"BLOCK": 16})
+    latents = values == 48
+    q, keys, sink = torch.randn(4, 5, values), torch.randn(400, values), torch.randn(5)
+    rows = torch.stack([torch.randperm(400)[:150] for _ in range(4)]).int()
+    count = torch.tensor([150, 1, 70, 0], dtype=torch.int32)
+    got = listed.attend_latents(q, keys, rows, count, values=32) if latents else listed.attend_listed(q, keys, rows, count, sink)
+    assert got.shape == (4, 5, 32)
+    for i in range(4):
         mine = keys[rows[i, : count[i]].long()]
-        scores = torch.cat([q[i] @ mine.T * 32**-0.5, sink[:, None]], 1)
-        torch.testing.assert_close(got[i], scores.softmax(1)[:, :-1] @ mine, atol=2e-5, rtol=1e-4)
+        scores = q[i] @ mine.T * (1.0 if latents else 32**-0.5)
+        scores = torch.cat([scores, torch.full((5, 1), -1e30) if latents else sink[:, None]], 1)
+        torch.testing.assert_close(got[i], scores.softmax(1)[:, :-1] @ mine[:, :32], atol=2e-5, rtol=1e-4)
 
 
 def test_keys_in_another_dtype_get_gradients_in_theirs() -> None:
