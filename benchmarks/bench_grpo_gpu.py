@@ -1,0 +1,396 @@
+"""Time rollout, GRPO step and supervised training of the `small` model on one GPU, the step beside TRL's GRPOTrainer.
+
+The architecture of conf/model/small.yaml without its MTP block, the same weights and prompts to begin with, bf16, rounds that alternate: a
+round is one step of TRL and several generations and steps of ours. Ours runs as in the pipeline: one rank as a Ray actor, an `Engine` under
+DeepSpeed's ZeRO 1 with Muon, the head's EOS row silenced so that every sample has all its tokens. TRL drives transformers' model, loaded in
+bf16 without autocast, which is the faster way for it; it generates all samples at once and trains on them in `accumulate` parts.
+
+Then supervised batches: forward, backward and optimizer. MFU counts 6 FLOPs a token and active parameter (attention's projections, the
+chosen and the shared expert, router, compressors, mHC's maps, head; not the embedding, no MTP) against the data sheet's peak; beside it the
+same with core attention's products, and MFU against an 8192^3 product measured here.
+
+    python benchmarks/bench_grpo_gpu.py [--rounds 2] [--rows 512] [--row-tokens 32768] [--skip-trl]
+    python benchmarks/bench_grpo_gpu.py --tiny    on a CPU in fp32, to check the program
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import string
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from domains.config import DomainConfig
+from domains.types import Prompt, Sample, Verdict
+from model import weights
+from model.config import ModelConfig
+from model.efficiency import parts
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from rl.advantages import group_advantages
+from rl.config import GrpoConfig
+from rl.job import GrpoJob
+from rl.loop import update
+from runtime import cluster
+from runtime.batch import PackedSample, pack
+from runtime.cluster import RayGroup
+from runtime.config import ClusterConfig, EngineConfig, EvaluationConfig, OptimizerConfig, SamplingConfig
+from runtime.generation.conversation import prompt_tokens
+from runtime.rollout import Rollout
+from runtime.spec import EngineSpec, LossSpec
+from runtime.step import DomainSetup, StepContext
+from runtime.tracking import Tracker
+from runtime.trainer import Trainer
+
+if TYPE_CHECKING:
+    from trl_step import TrlGrpo
+
+ROOT = Path(__file__).resolve().parent.parent
+H200_BF16 = 989e12
+"""FLOP/s, dense bf16. Source: NVIDIA H200 data sheet (half of the figure with sparsity)."""
+LEARNING_RATE = 1e-4
+LOGIT_SPREAD = 6.8
+"""Standard deviation of the fresh head's logits: samples differ, and EOS, whose logit is 0, lies some 18 nats below the likely tokens."""
+OURS_A_ROUND = 3
+TRAINED = LossSpec("experts.loss:cross_entropy", balance_weight=1e-4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed.
+
+    Attributes:
+        config: the architecture.
+        prompts, samples: of one step.
+        prompt_tokens, new_tokens: of one sample.
+        rows: samples decoded together.
+        row_tokens: of a packed row.
+        accumulate: parts that TRL trains a step in.
+        batches: tokens of the supervised batches.
+        length: tokens of a supervised sample.
+        device: "cuda" (bf16) or "cpu" (fp32).
+    """
+
+    config: ModelConfig
+    prompts: int = 64
+    samples: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    rows: int = 512
+    row_tokens: int = 32768
+    accumulate: int = 4
+    batches: tuple[int, ...] = (32768, 65536)
+    length: int = 512
+    device: str = "cuda"
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that one step samples."""
+        return self.prompts * self.samples * self.new_tokens
+
+    @property
+    def deepspeed(self) -> dict[str, Any]:
+        """DeepSpeed's keys."""
+        return {"zero_optimization": {"stage": 1}, "bf16": {"enabled": self.device == "cuda"}}
+
+
+def reward(tokens: Sequence[int]) -> float:
+    """Grade a completion by a hash of it: a number in [0, 1) that no two different completions share, so that every sample teaches."""
+    return int.from_bytes(hashlib.blake2b(bytes(str(list(tokens)), "ascii"), digest_size=4).digest()) / 2**32
+
+
+def architecture(name: str) -> ModelConfig:
+    """Read conf/model/`name`.yaml, without the MTP block, which transformers' model lacks."""
+    values = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())
+    del values["defaults"]
+    ratios = values.pop("compress_ratios")[: values["num_hidden_layers"]]
+    return ModelConfig(**values, compress_ratios=ratios, num_nextn_predict_layers=0)
+
+
+def write_model(directory: Path, config: ModelConfig) -> Tokenizer:
+    """Write a model whose end of sentence is never sampled, and its tokenizer."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(200)]
+    tokenizer = Tokenizer.train([" ".join(draw.choices(words, k=2000))], config.vocab_size)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"tokenizer: learned {tokenizer.vocab_size} tokens, expected {config.vocab_size}")
+    torch.manual_seed(0)
+    model = Transformer(config)
+    with torch.no_grad():
+        model.head.weight.mul_(LOGIT_SPREAD / (config.initializer_range * config.hidden_size**0.5))
+        model.head.weight[tokenizer.eos] = 0
+    weights.save(model, directory)
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def make_prompts(tokenizer: Tokenizer, count: int, *, tokens: int) -> list[Prompt]:
+    """Return prompts of exactly `tokens` tokens as the generator encodes them."""
+    draw = random.Random(1)
+    found: list[Prompt] = []
+    while len(found) < count:
+        letters = "".join(draw.choices(string.ascii_lowercase, k=4 * tokens))
+        for length in range(tokens // 2, len(letters)):
+            messages = [{"role": "user", "content": letters[:length]}]
+            if (encoded := len(prompt_tokens(tokenizer, messages, "thinking"))) == tokens:
+                found.append(Prompt(f"math/train/{len(found)}", "math", messages, {}))
+            if encoded >= tokens:
+                break
+    return found
+
+
+class Clock:
+    """Seconds by name, and what each side holds of the GPU, told by how the memory in use grows during its turns."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.held: dict[str, int] = {}
+
+    def measure(self, name: str, side: str, run: Callable[[], Any], *, counts: bool = True) -> None:
+        """Run and time `run`, everything on the GPU finished before and after."""
+        before, began = _used(), time.perf_counter()
+        run()
+        _synchronize()
+        self.note(name, side, time.perf_counter() - began, before=before, counts=counts)
+
+    def note(self, name: str, side: str, seconds: float, *, before: int, counts: bool) -> None:
+        """Keep a time that was measured elsewhere; `before` [bytes] was in use when it began."""
+        if counts:
+            self.seconds.setdefault(name, []).append(seconds)
+        self.held[side] = self.held.get(side, 0) + _used() - before
+        print(f"{name} {seconds:.3f} s{'' if counts else ' (warm-up)'}", flush=True)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _used() -> int:
+    """Count the bytes of the GPU's memory that any process holds."""
+    if not torch.cuda.is_available():
+        return 0
+    _synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+class Ours:
+    """One GRPO trainer on one rank under Ray."""
+
+    def __init__(self, directory: Path, prompts: Sequence[Prompt], setting: Setting) -> None:
+        self.prompts, self.setting, self.round = prompts, setting, 0
+        self.sampling = SamplingConfig(temperature=1.0, max_new_tokens=setting.new_tokens, rows=setting.rows)
+        gpu = setting.device == "cuda"
+        ranks = ClusterConfig(cpus_per_rank=4 if gpu else 0.5, threads_per_rank=4 if gpu else 1, gpus_per_rank=float(gpu), dashboard=False)
+        setup = DomainSetup(name="math", domain=DomainConfig(kind="math"), sampling=self.sampling)
+        grpo = GrpoConfig(optimizer=OptimizerConfig(lr=LEARNING_RATE), steps=1000)
+        self.job = GrpoJob(domain=setup, grpo=grpo, evaluation=EvaluationConfig(), start="model")
+        self.context = StepContext(
+            name="bench", workdir=directory, artifact=directory, inputs={}, tracker=Tracker(directory), cluster=ranks,
+            engine=EngineConfig(deepspeed=setting.deepspeed, row_tokens=setting.row_tokens),
+        )  # fmt: skip
+        cluster.start(ranks, directory)
+        spec = EngineSpec(
+            model=str(directory), optimizer=grpo.optimizer, deepspeed=setting.deepspeed, threads=ranks.threads_per_rank,
+            domains={"math": setup},
+        )  # fmt: skip
+        self.group = RayGroup(spec, name="bench", config=ranks)
+        self.trainer, self.rollout = Trainer(self.group, workdir=directory), Rollout(self.group)
+        self.shares: list[tuple[float, float, float]] = []
+        self.mismatch = 0.0
+
+    def generate(self) -> list[Sample]:
+        """Sample one step's groups and see that every sample has all its tokens."""
+        self.round += 1
+        count, setting = self.setting.prompts, self.setting
+        chosen = [self.prompts[(self.round * count + i) % len(self.prompts)] for i in range(count)]
+        out = self.rollout.generate(chosen, self.sampling, samples=setting.samples, stream=str(self.round))
+        lengths = {(len(s.tokens), sum(s.sampled)) for s in out}
+        expected = {(setting.prompt_tokens + setting.new_tokens, setting.new_tokens)}
+        assert len(out) == count * setting.samples and lengths == expected, lengths
+        return out
+
+    def step(self) -> None:
+        """Generate, grade, take one optimizer step."""
+        times = [time.perf_counter()]
+        samples = self.generate()
+        times.append(time.perf_counter())
+        verdicts = [Verdict(reward(s.tokens[self.setting.prompt_tokens :]), "ok") for s in samples]
+        advantages = group_advantages(verdicts, samples_per_prompt=self.setting.samples)
+        times.append(time.perf_counter())
+        metrics = update(self.trainer, samples, advantages, context=self.context, job=self.job, step=0)
+        times.append(time.perf_counter())
+        assert metrics["targets"] == self.setting.sampled, metrics
+        self.mismatch = max(self.mismatch, metrics["mismatch_kl/mean"])
+        self.shares.append((times[1] - times[0], times[2] - times[1], times[3] - times[2]))
+
+    def supervised(self, tokens: int) -> Callable[[], None]:
+        """Return a step on a supervised batch of `tokens` tokens: forward, backward and optimizer."""
+        generator = torch.Generator().manual_seed(2)
+        length, vocabulary = self.setting.length, self.setting.config.vocab_size
+        drawn = torch.randint(5, vocabulary, (tokens // length, length), generator=generator).tolist()
+        rows = pack([PackedSample(row, [False] + [True] * (length - 1)) for row in drawn], row_tokens=self.setting.row_tokens)
+
+        def step() -> None:
+            self.trainer.forward_backward(rows, TRAINED)
+            self.trainer.optim_step(LEARNING_RATE, router_bias_speed=1e-3)
+
+        return step
+
+    def close(self) -> None:
+        """End the rank and Ray."""
+        self.group.close()
+        cluster.stop()
+
+
+class Rounds:
+    """Alternates: a step of TRL where it takes part, then ours; the first round only warms up."""
+
+    def __init__(self, ours: Ours, clock: Clock) -> None:
+        self.ours, self.clock, self.done = ours, clock, 0
+        self.began, self.before = 0.0, 0
+
+    def run(self, count: int, theirs: TrlGrpo | None) -> None:
+        """Run `count` rounds; TRL's loop calls back where it has the lead."""
+        if theirs is not None:
+            theirs.train(count, reward=reward, before=self.start_clock, after=self.after_trl)
+        while self.done < count:
+            self.our_turn()
+
+    def start_clock(self) -> None:
+        """Start the clock for TRL's step."""
+        self.before, self.began = _used(), time.perf_counter()
+
+    def after_trl(self) -> None:
+        """Stop it, and take our turn."""
+        _synchronize()
+        self.clock.note("TRL step", "TRL", time.perf_counter() - self.began, before=self.before, counts=self.done > 0)
+        self.our_turn()
+
+    def our_turn(self) -> None:
+        """Generate and step."""
+        for _ in range(OURS_A_ROUND if self.done else 1):
+            self.clock.measure("our rollout", "ours", self.ours.generate, counts=self.done > 0)
+            self.clock.measure("our step", "ours", self.ours.step, counts=self.done > 0)
+        if not self.done:
+            self.ours.shares.clear()
+        self.done += 1
+
+
+def flops_a_token(config: ModelConfig, length: int) -> tuple[int, float]:
+    """Count the training FLOPs of a token: 6 an active parameter, and that plus core attention's products over a sample of `length`."""
+    dense = 6 * sum(part.active for part in parts(config, 1) if part.params and part.macs)
+    attention = [sum(part.macs for part in parts(config, t) if part.name == "keys and values") for t in range(1, length + 1)]
+    return dense, dense + 6 * sum(attention) / length
+
+
+def measured_product() -> float:
+    """Return the FLOP/s of a bf16 product of 8192^3 after half a second of it."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for event, repeats in ((start, 200), (end, 100)):
+        for _ in range(repeats):
+            a @ b.T
+        event.record()
+    torch.cuda.synchronize()
+    return 100 * 2 * 8192**3 / (start.elapsed_time(end) * 1e-3)
+
+
+def report(ours: Ours, clock: Clock, setting: Setting) -> str:
+    """Lay out medians, tokens a second, MFU, what the step consists of, and the ratio to TRL."""
+    product = measured_product() if setting.device == "cuda" else float("nan")
+    dense, whole = flops_a_token(setting.config, setting.length)
+    size = sum(p.params for p in parts(setting.config, 1))
+    lines = [
+        f"{size / 1e6:.0f}M parameters, {dense / 6e6:.0f}M active in products; "
+        f"a step: {setting.prompts} prompts x {setting.samples} samples x ({setting.prompt_tokens} + {setting.new_tokens}) tokens, {setting.rows} decoded at once, rows of {setting.row_tokens}; "
+        f"supervised samples of {setting.length}; measured product {product / 1e12:.0f} TFLOP/s",
+        f"{'':24}{'median s':>10}{'min s':>9}{'max s':>9}{'tokens/s':>11}{'MFU':>8}{'+attn':>8}{'of prod.':>10}{'n':>4}",
+    ]
+    middle = {name: median(seconds) for name, seconds in clock.seconds.items()}
+    for name, seconds in clock.seconds.items():
+        tokens = int(name.split()[-1]) if name.startswith("supervised") else setting.sampled
+        rate = tokens / middle[name]
+        shares = f"{rate * dense / H200_BF16:8.1%}{rate * whole / H200_BF16:8.1%}{rate * dense / product:10.1%}"
+        blank = " " * 26
+        lines.append(
+            f"{name:24}{middle[name]:10.3f}{min(seconds):9.3f}{max(seconds):9.3f}{rate:11.0f}"
+            f"{shares if name.startswith('supervised') else blank}{len(seconds):4}"
+        )
+    generate, grade, train = (median(column) for column in zip(*ours.shares))
+    total = generate + grade + train
+    lines.append(
+        f"our step: generate {generate:.3f} s ({generate / total:.0%}), grade {grade:.3f} s ({grade / total:.0%}), train {train:.3f} s "
+        f"({train / total:.0%}); largest mismatch KL {ours.mismatch:.2g} nats"
+    )
+    lines.append("GPU memory held, GiB: " + ", ".join(f"{side} {held / 2**30:.1f}" for side, held in clock.held.items()))
+    if "TRL step" in middle:
+        lines.append(f"GRPO step {middle['TRL step'] / middle['our step']:.1f} x as fast as TRL's")
+    return "\n".join(lines)
+
+
+def make_trl(directory: Path, prompt_ids: list[list[int]], setting: Setting) -> TrlGrpo:
+    """Set TRL up for the same step; imported here because it takes seconds and --skip-trl does without."""
+    from trl_step import TrlGrpo, TrlSetting
+
+    theirs = TrlSetting(
+        prompts=setting.prompts, samples=setting.samples, new_tokens=setting.new_tokens, accumulate=setting.accumulate,
+        learning_rate=LEARNING_RATE, device=setting.device,
+    )  # fmt: skip
+    return TrlGrpo(directory, prompt_ids, theirs)
+
+
+def main() -> None:
+    """Run everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="measured rounds, after one that warms up")
+    parser.add_argument("--rows", type=int, default=512, help="samples decoded at once")
+    parser.add_argument("--row-tokens", type=int, default=32768, help="tokens of a packed row")
+    parser.add_argument("--skip-trl", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="conf/model/tiny.yaml in fp32 on a CPU: to check the program")
+    arguments = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    setting = Setting(architecture("small"), rows=arguments.rows, row_tokens=arguments.row_tokens)
+    if arguments.tiny:
+        setting = replace(
+            setting, config=architecture("tiny"), prompts=4, samples=4, prompt_tokens=32, new_tokens=8, rows=16, row_tokens=1024,
+            accumulate=2, batches=(1024, 2048), length=256, device="cpu",
+        )  # fmt: skip
+    elif not torch.cuda.is_available():
+        parser.error("no GPU here; --tiny checks the program on a CPU")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory, clock = Path(temporary), Clock()
+        tokenizer = write_model(directory, setting.config)
+        prompts = make_prompts(tokenizer, 2 * setting.prompts, tokens=setting.prompt_tokens)
+        ids = [prompt_tokens(tokenizer, p.messages, "thinking") for p in prompts]
+        theirs = None if arguments.skip_trl else make_trl(directory, ids, setting)
+        print(f"model and prompts after {time.perf_counter() - began:.0f} s", flush=True)
+        before = _used()
+        ours = Ours(directory, prompts, setting)
+        clock.held["ours"] = _used() - before
+        print(f"our rank after {time.perf_counter() - began:.0f} s", flush=True)
+        Rounds(ours, clock).run(arguments.rounds + 1, theirs)
+        for tokens in setting.batches:
+            step = ours.supervised(tokens)
+            for turn in range(2 + 2 * OURS_A_ROUND):
+                clock.measure(f"supervised {tokens}", "ours", step, counts=turn > 1)
+        ours.close()
+        print(f"all in {time.perf_counter() - began:.0f} s", flush=True)
+        print(report(ours, clock, setting))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""TRL's GRPOTrainer around transformers' model, for the benchmark that times a GRPO step on a GPU: `bench_grpo_gpu`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers import models, pre_tokenizers
+from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from model import weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrlSetting:
+    """What TRL's step is like.
+
+    Attributes:
+        prompts, samples: of one step.
+        new_tokens: of one sample, neither fewer nor more.
+        accumulate: parts that a step is trained in; its samples are generated at once.
+        learning_rate: of TRL's AdamW.
+        device: "cuda" (bf16) or "cpu" (fp32).
+    """
+
+    prompts: int
+    samples: int
+    new_tokens: int
+    accumulate: int
+    learning_rate: float
+    device: str
+
+
+class Between(TrainerCallback):
+    """Calls back before and after every optimizer step."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self.before, self.after = before, after
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Say that TRL is about to sample."""
+        self.before()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Say that TRL's weights have moved."""
+        self.after()
+
+
+class TrlGrpo:
+    """TRL's trainer; its tokenizer spells each id as a word."""
+
+    def __init__(self, directory: Path, prompt_ids: Sequence[Sequence[int]], setting: TrlSetting) -> None:
+        """Load the weights in `directory` into transformers' model, in bf16 throughout on a GPU."""
+        self.setting, self.workdir = setting, directory / "trl"
+        parity, ours = parity_test(), weights.load(directory)
+        config = parity.oracle_config(ours.config)
+        config.num_experts = ours.config.n_routed_experts  # the trainer's mixture-of-experts check reads this name
+        self.model = DeepseekV4ForCausalLM(config)
+        missing = self.model.load_state_dict(parity.oracle_tensors(ours.state_dict()), strict=False)
+        assert not missing.unexpected_keys and all("inv_freq" in key for key in missing.missing_keys), missing
+        if setting.device == "cuda":
+            self.model.to("cuda", torch.bfloat16)
+        self.prompts = [" ".join(f"<{token}>" for token in row) for row in prompt_ids]
+
+    def train(self, steps: int, *, reward: Callable[[Sequence[int]], float], before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Run TRL's loop, calling back before and after every optimizer step."""
+        setting = self.setting
+        settings = GRPOConfig(
+            output_dir=str(self.workdir), per_device_train_batch_size=setting.prompts * setting.samples // setting.accumulate,
+            gradient_accumulation_steps=setting.accumulate, num_generations=setting.samples, max_steps=steps,
+            max_completion_length=setting.new_tokens, generation_kwargs={"min_new_tokens": setting.new_tokens},
+            learning_rate=setting.learning_rate, beta=0.0, use_cpu=setting.device == "cpu", bf16=False, gradient_checkpointing=False,
+            save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+
+        def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
+            lengths = {len(row) for row in completion_ids}
+            assert lengths == {setting.new_tokens}, lengths
+            return [reward(row) for row in completion_ids]
+
+        trainer = GRPOTrainer(
+            model=self.model,
+            reward_funcs=rewards,
+            args=settings,
+            train_dataset=Dataset.from_dict({"prompt": self.prompts}),
+            processing_class=word_tokenizer(self.model.config.vocab_size),
+        )
+        trainer.add_callback(Between(before, after))
+        trainer.train()
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that reads "<7>" as token 7."""
+    words = WordTokenizer(models.WordLevel({f"<{i}>": i for i in range(vocabulary)}, unk_token="<2>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<0>", eos_token="<1>", pad_token="<1>", unk_token="<2>", padding_side="left"
+    )
+
+
+def parity_test() -> ModuleType:
+    """Load the parity test, which knows how transformers names configuration and weights."""
+    spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/model/test_parity.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
