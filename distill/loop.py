@@ -17,7 +17,7 @@ from distill.teachers import refuse_foreign_teachers
 from domains.catalog import make_domain
 from domains.types import Domain, Prompt
 from runtime.batch import PackedSample, pack
-from runtime.evaluate import evaluate_all
+from runtime.evaluate import hand_on
 from runtime.ranks import running_ranks
 from runtime.rollout import Rollout
 from runtime.schedule import learning_rate
@@ -36,11 +36,8 @@ def run(context: StepContext, job: DistillJob) -> dict[str, Any]:
     spec = EngineSpec(model=str(start), optimizer=job.distill.optimizer, domains=job.domains, frozen=frozen)
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, rollout, domains, job)
-        evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)
-        trainer.export(context.artifact)
-    for domain in domains.values():
-        domain.close()
-    return {"evaluation": evaluation, "tokens": tokens, "steps": job.distill.steps}
+        made = hand_on(context, (trainer, rollout), domains, job.domains, prompts=job.evaluation.prompts)
+    return made | {"tokens": tokens, "steps": job.distill.steps}
 
 
 def train(context: StepContext, trainer: Trainer, rollout: Rollout, domains: Mapping[str, Domain], job: DistillJob) -> int:

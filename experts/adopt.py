@@ -7,7 +7,7 @@ from typing import Any
 from domains.catalog import make_domain
 from experts.job import AdoptJob
 from runtime.config import OptimizerConfig
-from runtime.evaluate import evaluate_all
+from runtime.evaluate import hand_on
 from runtime.ranks import running_ranks
 from runtime.spec import EngineSpec
 from runtime.step import StepContext
@@ -18,8 +18,5 @@ def run(context: StepContext, job: AdoptJob) -> dict[str, Any]:
     domains = {name: make_domain(name, setup.domain, context.sandbox) for name, setup in job.domains.items()}
     spec = EngineSpec(model=job.path, optimizer=OptimizerConfig(), domains=job.domains)
     with running_ranks(context, spec) as (trainer, rollout):
-        evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)
-        trainer.export(context.artifact)
-    for domain in domains.values():
-        domain.close()
-    return {"evaluation": evaluation, "tokens": 0, "steps": 0}
+        made = hand_on(context, (trainer, rollout), domains, job.domains, prompts=job.evaluation.prompts)
+    return made | {"tokens": 0, "steps": 0}

@@ -17,7 +17,7 @@ from experts.supervised import train
 from model.encoding import encode_messages
 from model.tokenizer import Tokenizer
 from runtime.batch import PackedSample
-from runtime.evaluate import evaluate_all
+from runtime.evaluate import hand_on
 from runtime.ranks import running_ranks
 from runtime.spec import EngineSpec
 from runtime.step import StepContext
@@ -51,11 +51,10 @@ def run(context: StepContext, job: PretrainJob) -> dict[str, Any]:
     )
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
-        evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)
-        trainer.export(context.artifact)
-    for domain in [*domains.values(), *careless]:
+        made = hand_on(context, (trainer, rollout), domains, job.domains, prompts=job.evaluation.prompts)
+    for domain in careless:
         domain.close()
-    return {"evaluation": evaluation, "tokens": tokens, "steps": job.supervised.steps}
+    return made | {"tokens": tokens, "steps": job.supervised.steps}
 
 
 def document_sample(tokenizer: Tokenizer, text: str) -> PackedSample:

@@ -11,7 +11,7 @@ from experts.job import SftJob
 from experts.supervised import train
 from model.tokenizer import Tokenizer
 from runtime.batch import PackedSample
-from runtime.evaluate import evaluate_all
+from runtime.evaluate import hand_on
 from runtime.generation.conversation import demonstration_tokens
 from runtime.ranks import running_ranks
 from runtime.spec import EngineSpec
@@ -33,11 +33,8 @@ def run(context: StepContext, job: SftJob) -> dict[str, Any]:
     )
     with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, samples, job.supervised)
-        evaluation = evaluate_all(context, rollout, domains, job.domains, prompts=job.evaluation.prompts)
-        trainer.export(context.artifact)
-    for domain in domains.values():
-        domain.close()
-    return {"evaluation": evaluation, "tokens": tokens, "steps": job.supervised.steps}
+        made = hand_on(context, (trainer, rollout), domains, job.domains, prompts=job.evaluation.prompts)
+    return made | {"tokens": tokens, "steps": job.supervised.steps}
 
 
 def demonstration_samples(model: Path, domains: list[Domain], *, count: int, seed: int) -> list[PackedSample]:

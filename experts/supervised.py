@@ -40,7 +40,8 @@ def train(context: StepContext, trainer: Trainer, samples: Sequence[PackedSample
         metrics |= trainer.optim_step(lr, router_bias_speed=config.router_bias_speed)
         size = sum(len(row.tokens) for row in rows)
         tokens += size
-        context.tracker.log(step, metrics | {"perf/tokens_per_s": size / (time.monotonic() - began)})
+        took = time.monotonic() - began
+        context.tracker.log(step, metrics | {"perf/tokens_per_s": size / took, "time/train_s": took})
         context.tracker.progress(step + 1, config.steps, "training")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             trainer.save(step + 1, {"cursor": cursor, "tokens": tokens})

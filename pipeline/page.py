@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.live import duration
+from pipeline.shares import ACTIVITIES
 from runtime.tracking import METRICS, read_metrics
 
 if TYPE_CHECKING:  # report draws this page in
@@ -239,8 +240,10 @@ def _step_table(steps: dict[str, Any]) -> str:
     for name, step in steps.items():
         memory = f"{step['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in step else "–"
         artifact = f"<code>{html.escape(step['artifact'])}</code>"
-        rows.append([f"<b>{html.escape(name)}</b>", step["status"], duration(step["elapsed_s"]), f"{step['tokens']:,}", memory, artifact])
-    return _table(["step", "status", "time", "tokens", "peak memory", "artifact"], rows)
+        shares = [f"{step['time_s'][each] / step['elapsed_s']:.0%}" if "time_s" in step else "–" for each in ACTIVITIES]
+        first = [f"<b>{html.escape(name)}</b>", step["status"], duration(step["elapsed_s"]), *shares]
+        rows.append([*first, f"{step['tokens']:,}", memory, artifact])
+    return _table(["step", "status", "time", "generating", "grading", "training", "tokens", "peak memory", "artifact"], rows)
 
 
 def _with_interval(value: float, interval: list[float] | None, sign: str = "") -> str:

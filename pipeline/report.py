@@ -17,6 +17,7 @@ from pipeline.artifacts import MANIFEST, Journal
 from pipeline.config import RunConfig, run_name
 from pipeline.errors import UsageError, choose
 from pipeline.live import duration
+from pipeline.shares import describe_shares, time_shares
 from runtime.config import TrackingConfig
 from runtime.tracking import open_wandb
 
@@ -65,7 +66,8 @@ def summarize(run: Run) -> dict[str, Any]:
     Returns:
         `run`, `stage`, `elapsed_s`, `peak_rss_gib`, `domains` (per domain and level `pass@1`, `n`, `ci95`; `recovery`, `recovery_ci95`,
         `grpo_gain`, `grpo_gain_ci95`), `mean_over_domains` (pass@1 of each step evaluated on all domains), `mean_recovery`, `steps`
-        (`status`, `elapsed_s`, `tokens`, `artifact`). What the stage did not make is absent; a recovery without gain to recover is null.
+        (`status`, `elapsed_s`, `tokens`, `artifact`, `time_s` by activity, `peak_memory_gib`). What the stage did not make is absent;
+        a recovery without gain to recover is null.
     """
     counted = _counted(run.attempts)
     domains = {name: _domain(name, run) for name in run.config["domains"]}
@@ -81,7 +83,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "domains": domains,
         "mean_over_domains": _means(run),
         "mean_recovery": sum(recoveries) / len(recoveries) if recoveries else None,
-        "steps": {name: _step(name, manifest, made=name in done) for name, manifest in run.manifests.items()},
+        "steps": {name: _step(run, name, made=name in done) for name in run.manifests},
     }
 
 
@@ -107,13 +109,15 @@ def _counted(attempts: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]
     return attempts[first : last + 1]
 
 
-def _step(name: str, manifest: dict[str, Any], *, made: bool) -> dict[str, Any]:
+def _step(run: Run, name: str, *, made: bool) -> dict[str, Any]:
+    manifest = run.manifests[name]
     summary = manifest["summary"]
-    kept = {key: summary[key] for key in ("tokens", "peak_memory_gib") if key in summary}
+    shares = time_shares(run.path / "artifacts" / name, manifest)
     return (
         {"status": "done" if made else "reused", "elapsed_s": manifest["elapsed_s"], "artifact": f"{name}-{manifest['key'][:12]}"}
         | {"tokens": 0}
-        | kept
+        | {key: summary[key] for key in ("tokens", "peak_memory_gib") if key in summary}
+        | ({"time_s": shares} if shares else {})
     )
 
 
@@ -209,9 +213,9 @@ def _closing(report: dict[str, Any], run_dir: Path) -> RenderableType:
         memory = f"{step['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in step else ""
         steps.add_row(name, step["status"], duration(step["elapsed_s"]), f"{step['tokens']:,}", memory)
     total = f"{duration(report['elapsed_s'])}, peak memory of all processes {report['peak_rss_gib']:.2f} GiB"
-    return Group(
-        Text(), domains, Text(), steps, Text(), Text(total), Text(f"report  {run_dir / 'report.html'}", no_wrap=True, overflow="ignore")
-    )
+    shares = describe_shares(report["steps"].values())
+    where = Text(f"report  {run_dir / 'report.html'}", no_wrap=True, overflow="ignore")
+    return Group(Text(), domains, Text(), steps, Text(), *([Text(shares)] if shares else []), Text(total), where)
 
 
 def percent(found: dict[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from rl.advantages import group_advantages
 from rl.config import GrpoConfig
 from rl.job import GrpoJob
 from runtime.batch import Batch, PackedSample, pack
-from runtime.evaluate import count_statuses, evaluate_all
+from runtime.evaluate import count_statuses, hand_on
 from runtime.ranks import running_ranks
 from runtime.rollout import Rollout
 from runtime.schedule import learning_rate
@@ -35,16 +35,10 @@ def run(context: StepContext, job: GrpoJob) -> dict[str, Any]:
     domains = {name: make_domain(name, s.domain, context.sandbox) for name, s in setups.items()}
     frozen = {REFERENCE: str(start)} if job.grpo.kl_weight > 0 else {}
     spec = EngineSpec(model=str(start), optimizer=job.grpo.optimizer, domains=setups, frozen=frozen)
-    with running_ranks(context, spec) as (
-        trainer,
-        rollout,
-    ):
+    with running_ranks(context, spec) as (trainer, rollout):
         tokens = train(context, trainer, rollout, domains[setup.name], job)
-        evaluation = evaluate_all(context, rollout, domains, setups, prompts=job.evaluation.prompts)
-        trainer.export(context.artifact)
-    for domain in domains.values():
-        domain.close()
-    return {"evaluation": evaluation, "tokens": tokens, "steps": job.grpo.steps}
+        made = hand_on(context, (trainer, rollout), domains, setups, prompts=job.evaluation.prompts)
+    return made | {"tokens": tokens, "steps": job.grpo.steps}
 
 
 def train(context: StepContext, trainer: Trainer, rollout: Rollout, domain: Domain, job: GrpoJob) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -133,6 +134,12 @@ class Engine:
             if self.rank == 0:
                 weights.save(self.model, Path(directory))
                 self.tokenizer.save(Path(directory))
+
+    def peak_memory_gib(self) -> float:
+        """Return the most memory that this rank has held: allocated on its GPU, or resident in its process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def close(self) -> None:
         """Release the generator's environments and leave the process group."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from domains.types import Domain, Verdict
 from runtime.config import SamplingConfig
 from runtime.rollout import Rollout
 from runtime.step import DomainSetup, StepContext
+from runtime.trainer import Trainer
 
 
 def evaluate(rollout: Rollout, domain: Domain, *, prompts: int, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
@@ -18,11 +20,15 @@ def evaluate(rollout: Rollout, domain: Domain, *, prompts: int, sampling: Sampli
 
     Returns:
         `pass@1` (mean reward over graded prompts), `n` graded prompts, `ci95` [lo, hi] (Wilson), `passed` 0 or 1 a prompt (None where the
-        verification failed for reasons of its own), `infrastructure` count of those, `tokens` sampled.
+        verification failed for reasons of its own), `infrastructure` count of those, `tokens` sampled, `statuses` counted, and the
+        seconds `generate_s` and `grade_s`.
     """
     held_out = domain.prompts("heldout", prompts, seed=seed)
+    began = time.monotonic()
     samples = rollout.generate(held_out, replace(sampling, temperature=0.0))
+    generated = time.monotonic()
     verdicts = domain.grade(samples)
+    graded_s = time.monotonic() - generated
     passed = [None if v.status == "infrastructure" else int(v.reward >= 1.0) for v in verdicts]
     graded = [p for p in passed if p is not None]
     return {
@@ -33,6 +39,8 @@ def evaluate(rollout: Rollout, domain: Domain, *, prompts: int, sampling: Sampli
         "infrastructure": len(passed) - len(graded),
         "tokens": sum(sum(s.sampled) for s in samples),
         "statuses": count_statuses(verdicts),
+        "generate_s": generated - began,
+        "grade_s": graded_s,
     }
 
 
@@ -45,6 +53,22 @@ def evaluate_all(
         context.tracker.progress(done, len(domains), "evaluating")
         found[name] = evaluate(rollout, domain, prompts=prompts, sampling=setups[name].sampling, seed=context.seed)
     return found
+
+
+def hand_on(
+    context: StepContext, ranks: tuple[Trainer, Rollout], domains: Mapping[str, Domain], setups: Mapping[str, DomainSetup], *, prompts: int
+) -> dict[str, Any]:
+    """End a step: evaluate its model on the domains' held-out prompts, write it as the step's artifact, close the domains.
+
+    Returns:
+        `evaluation` by domain, and `peak_memory_gib` of a rank.
+    """
+    trainer, rollout = ranks
+    evaluation = evaluate_all(context, rollout, domains, setups, prompts=prompts)
+    trainer.export(context.artifact)
+    for domain in domains.values():
+        domain.close()
+    return {"evaluation": evaluation, "peak_memory_gib": trainer.peak_memory_gib()}
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

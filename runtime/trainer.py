@@ -100,6 +100,10 @@ class Trainer:
         self.group.call("load", [(str(path),)] * self.group.ranks)
         return state
 
+    def peak_memory_gib(self) -> float:
+        """Return the most memory that any rank has held, on its GPU where it has one."""
+        return round(max(self.group.call("peak_memory_gib")), 3)
+
     def export(self, directory: Path) -> None:
         """Write model and tokenizer for the next step."""
         self.group.call("export", [(str(directory),)] * self.group.ranks)

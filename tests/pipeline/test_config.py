@@ -39,6 +39,14 @@ def test_the_run_is_named_after_its_stage_unless_told_otherwise(configure):
     assert run_name(configure("run=mine")) == "mine"
 
 
+def test_a_model_brings_its_budgets_and_a_gpu_its_engine(configure):
+    tiny, small = configure(), configure("model=small", "cluster=one_gpu", "domains.code.grpo.steps=7")
+    assert small.base.tokens_per_step > tiny.base.tokens_per_step
+    assert small.engine.deepspeed["bf16"] == {"enabled": True} and "bf16" not in tiny.engine.deepspeed
+    assert (small.domains["math"].grpo.prompts_per_step, small.domains["code"].grpo.steps) == (64, 7)
+    assert configure("model=small", "cluster=one_gpu", "engine=zero2").engine.deepspeed["zero_optimization"]["stage"] == 2
+
+
 @pytest.mark.parametrize(
     "override",
     [

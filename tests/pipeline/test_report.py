@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from pipeline.artifacts import Journal
 from pipeline.page import page, picture
@@ -62,6 +63,21 @@ def test_numbers_come_from_the_manifests(run_dir):
     assert report["elapsed_s"] == 10.0 and report["peak_rss_gib"] == 1.0
     assert report["steps"]["base"] == {"status": "done", "elapsed_s": 12.5, "tokens": 1234, "artifact": f"base-{'k' * 12}"}
     assert report["steps"]["distill"]["status"] == "reused"
+
+
+def test_the_time_of_a_step_is_shared_out(run_dir, capsys):
+    artifact = run_dir / "artifacts" / "grpo-math"
+    lines = [{"step": i, "time/generate_s": 2.0, "time/grade_s": 0.5, "time/train_s": 1.0} for i in range(2)]
+    (artifact / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["summary"]["evaluation"]["math"] |= {"generate_s": 1.0, "grade_s": 0.5}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    report = summarize(read_run(run_dir))
+    assert report["steps"]["grpo-math"]["time_s"] == {"generate": 5.0, "grade": 1.5, "train": 2.0, "rest": 4.0}
+    assert "time_s" not in report["steps"]["base"]
+    assert "<td>40%</td><td>12%</td><td>16%</td>" in page(read_run(run_dir), report)
+    Console(width=100).print(write_report(run_dir))
+    assert "generating 40%, grading 12%, training 16%, starting, saving and waiting 32%" in capsys.readouterr().out
 
 
 def test_a_stage_without_a_student_has_no_recovery(run_dir):
