@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels.choice import choose
 from model.kernels.experts import op as experts_padded
 from model.kernels.experts.fused import RoutedExperts
 from model.kernels.hyper_connections import op as hyper
@@ -30,7 +31,7 @@ from model.kernels.reverse_kl.op import reverse_kl
 from model.kernels.reverse_kl.reference import reverse_kl as reverse_kl_plain
 from model.layout import PackedRow
 from model.quant.fp8 import encode_fp8
-from model.quant.grid import E4M3, onto_grid
+from model.quant.grid import E2M1, E4M3, onto_grid
 from model.quant.mxfp4 import quantize_mxfp4
 
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
@@ -206,13 +207,19 @@ def quantisation() -> Iterator[Row]:
     cases = {
         "FP8 1x128": (lambda x: quant.quantize_fp8(x, group=128), lambda x: encode_fp8(x, (1, 128)), 3 + 1 / 128),
         "MXFP4": (quant.quantize_mxfp4, quantize_mxfp4, 2.5 + 1 / 32),
-        "fake FP8": (lambda x: quant.fake_quantize(x, group=128, form="e4m3"), lambda x: onto_grid(x, E4M3, block=(1, 128)), 4),
+        "fake FP8": (lambda x: quant.fake_quantize(x, group=128, grid=E4M3), lambda x: onto_grid(x, E4M3, block=(1, 128)), 4),
+        "fake MXFP4, rows and columns": (
+            lambda x: quant.fake_quantize_both(x, group=32, grid=E2M1),
+            lambda x: (onto_grid(x, E2M1, block=(1, 32)), onto_grid(x.T.contiguous(), E2M1, block=(1, 32)).T.contiguous()),
+            6,
+        ),
     }
     for name, (kernel, plain, size) in cases.items():
         ours = measure_graph(lambda kernel=kernel: [kernel(x) for x in inputs]) / 4
-        yield Row(
-            f"{name}, 8192 x 7168", ours, {"eager": measure(lambda plain=plain: plain(inputs[0]), repeats=3)}, bytes_moved=size * count
-        )
+        choose("reference")
+        eager = measure(lambda plain=plain: plain(inputs[0]), repeats=3)
+        choose(None)
+        yield Row(f"{name}, 8192 x 7168", ours, {"eager": eager}, bytes_moved=size * count)
 
 
 def mixture() -> Iterator[Row]:

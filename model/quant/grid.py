@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.kernels.choice import implementation_for
 from model.quant.blocks import blocked, scale_shape, unblocked, walk
 
 NAN_BYTE = 255
@@ -102,6 +103,10 @@ def onto_grid(x: Tensor, grid: Grid, *, block: tuple[int, int], floor: float = 0
     Returns:
         The shape of `x`. Blocks with a number that is not finite are NaN throughout.
     """
+    if block[0] == 1 and not block[1] & (block[1] - 1) and implementation_for(x) == "triton":
+        from model.kernels.quant import op  # brings Triton, which a CPU does without
+
+        return op.fake_quantize(x.contiguous(), group=block[1], grid=grid, floor=floor, dtype=dtype)
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     scales = torch.empty(scale_shape(x.shape, block), dtype=torch.uint8, device=x.device)
     for scale, source, target in walk(block, scales, x, out):

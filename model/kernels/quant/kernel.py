@@ -55,6 +55,13 @@ def _rounded(x, LEAST: tl.constexpr, ANCHOR: tl.constexpr):
 
 
 @triton.jit
+def _onto_grid(x, floor, REST: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, ANCHOR: tl.constexpr):
+    """Round groups [n, GROUP] of fp32 numbers."""
+    _, inverse, power = _scale(x, floor, REST, SHIFT)
+    return _rounded(x * inverse, LEAST, ANCHOR) * power
+
+
+@triton.jit
 def quantize_fp8_groups(x, values, scales, groups, per_row, width, floor, REST: tl.constexpr, SHIFT: tl.constexpr,
                         GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Write e4m3 values and ue8m0 scales."""
@@ -101,6 +108,20 @@ def fake_quantize_groups(x, out, groups, per_row, width, floor, REST: tl.constex
     """Write what the quantised form stands for."""
     _, _, place, inside = _places(groups, per_row, width, GROUP, GROUPS, WHOLE, FULL)
     wide = tl.load(x + place, inside, 0.0).to(tl.float32)
-    _, inverse, power = _scale(wide, floor, REST, SHIFT)
-    rounded = _rounded(wide * inverse, LEAST, ANCHOR) * power
-    tl.store(out + place, rounded.to(out.dtype.element_ty), inside)
+    tl.store(out + place, _onto_grid(wide, floor, REST, SHIFT, LEAST, ANCHOR).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def fake_quantize_tiles(x, by_rows, by_columns, height, width, floor, REST: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr,
+                        ANCHOR: tl.constexpr, GROUP: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
+    """Write what the quantised forms of a tile [SIDE, SIDE] stand for, in groups along its rows and in groups along its columns."""
+    row = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    place = row[:, None] * width + column[None, :]
+    inside = (row < height)[:, None] & (column < width)[None, :]
+    wide = tl.load(x + place, inside, 0.0).to(tl.float32)
+    along = _onto_grid(tl.reshape(wide, [SIDE * SIDE // GROUP, GROUP]), floor, REST, SHIFT, LEAST, ANCHOR)
+    tl.store(by_rows + place, tl.reshape(along, [SIDE, SIDE]).to(by_rows.dtype.element_ty), inside)
+    turned = tl.reshape(tl.trans(wide), [SIDE * SIDE // GROUP, GROUP])
+    across = tl.trans(tl.reshape(_onto_grid(turned, floor, REST, SHIFT, LEAST, ANCHOR), [SIDE, SIDE]))
+    tl.store(by_columns + place, across.to(by_columns.dtype.element_ty), inside)

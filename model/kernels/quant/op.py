@@ -10,10 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernels.quant.kernel import fake_quantize_groups, quantize_fp8_groups, quantize_mxfp4_groups
+from model.kernels.quant.kernel import fake_quantize_groups, fake_quantize_tiles, quantize_fp8_groups, quantize_mxfp4_groups
+from model.quant.grid import Grid
 
 ELEMENTS = 4096
 """Elements a program."""
+SIDE = 128
+"""Rows and columns of a tile that is rounded both ways."""
 WARPS, PACKING_WARPS = 4, 2
 """Warps a program; fewer where codes are packed, which is bound by arithmetic: measured on an H200."""
 
@@ -42,13 +45,39 @@ def quantize_mxfp4(x: Tensor, *, group: int = 32) -> tuple[Tensor, Tensor]:
     return packed.view(torch.int8), scales.view(torch.float8_e8m0fnu)
 
 
-def fake_quantize(x: Tensor, *, group: int, form: str, floor: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-    """Round to the values of `form`, "e4m3" or "e2m1"; arguments as `quantize_fp8`. Returns the shape of `x`, its dtype by default."""
-    largest, mantissa, least = {"e4m3": (448.0, 3, -6), "e2m1": (6.0, 1, 0)}[form]
+def fake_quantize(x: Tensor, *, group: int, grid: Grid, floor: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    """Round to the values of `grid`; arguments as `quantize_fp8`. Returns the shape of `x`, its dtype by default."""
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    grid: dict[str, Any] = {"LEAST": 2.0**least, "ANCHOR": 1.5 * 2.0 ** (23 - mantissa)}
-    _launch(fake_quantize_groups, (x, out), group=group, floor=floor, **_carry(largest), **grid)
+    _launch(fake_quantize_groups, (x, out), group=group, floor=floor, **_carry(grid.largest), **_steps(grid))
     return out
+
+
+def fake_quantize_both(x: Tensor, *, group: int, grid: Grid, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Round a matrix in groups along its rows and, from the same read, in groups along its columns: what the two products of a layer see.
+
+    Args:
+        x: [N, K] float, contiguous.
+        group: consecutive elements that share a scale, a power of two up to `SIDE`.
+        grid: the format.
+        floor: lower bound of a group's greatest magnitude.
+
+    Returns:
+        two [N, K] in the dtype of `x`: groups of a row, groups of a column.
+    """
+    assert x.is_contiguous() and x.ndim == 2 and group <= SIDE
+    rows, columns = torch.empty_like(x), torch.empty_like(x)
+    height, width = x.shape
+    bits = struct.unpack("<i", struct.pack("<f", floor))[0]
+    if x.numel():
+        fake_quantize_tiles[(triton.cdiv(height, SIDE), triton.cdiv(width, SIDE))](
+            x, rows, columns, height, width, bits, GROUP=group, SIDE=SIDE, num_warps=8, **_carry(grid.largest), **_steps(grid)
+        )
+    return rows, columns
+
+
+def _steps(grid: Grid) -> dict[str, Any]:
+    """Return the grid's least power of two and what, times a number's power of two, leaves its wanted bits."""
+    return {"LEAST": 2.0**grid.least_exponent, "ANCHOR": 1.5 * 2.0 ** (23 - grid.mantissa_bits)}
 
 
 def _scales(x: Tensor, group: int) -> Tensor:

@@ -51,13 +51,22 @@ def test_mxfp4(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("form", "grid", "group"), [("e4m3", E4M3, 128), ("e2m1", E2M1, 32)], ids=["fp8", "mxfp4"])
-def test_fake_quantisation(form, grid, group, dtype):
+@pytest.mark.parametrize(("grid", "group"), [(E4M3, 128), (E2M1, 32)], ids=["fp8", "mxfp4"])
+def test_fake_quantisation(grid, group, dtype):
     for shape in ((3, 128), (5, 200), (2, 3, 64)):
         x = numbers(shape).to(dtype)
-        got, want = op.fake_quantize(x, group=group, form=form), onto_grid(x, grid, block=(1, group))
+        got, want = op.fake_quantize(x, group=group, grid=grid), onto_grid(x, grid, block=(1, group))
         assert got.dtype == dtype
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("grid", "group"), [(E4M3, 64), (E2M1, 32)], ids=["fp8", "mxfp4"])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 200), (64, 257)], ids=str)
+def test_both_orientations(grid, group, shape):
+    x = numbers(shape)
+    rows, columns = op.fake_quantize_both(x, group=group, grid=grid, floor=1e-4)
+    assert torch.equal(rows, onto_grid(x, grid, block=(1, group), floor=1e-4))
+    assert torch.equal(columns, onto_grid(x.T.contiguous(), grid, block=(1, group), floor=1e-4).T)
 
 
 def test_groups_that_are_not_finite_are_marked():
@@ -65,5 +74,5 @@ def test_groups_that_are_not_finite_are_marked():
     x[0, 5], x[1, 40] = float("inf"), float("nan")
     _, scales = op.quantize_mxfp4(x)
     assert (scales.view(torch.uint8) == 255).tolist() == [[True, False], [False, True], [False, False]]
-    assert op.fake_quantize(x, group=32, form="e2m1").isnan().sum(1).tolist() == [32, 32, 0]
+    assert op.fake_quantize(x, group=32, grid=E2M1).isnan().sum(1).tolist() == [32, 32, 0]
     assert op.quantize_fp8(x, group=64)[1].isnan().flatten().tolist() == [True, True, False]
