@@ -315,8 +315,9 @@ def report(ours: Ours, clock: Clock, setting: Setting) -> str:
     size = sum(p.params for p in parts(setting.config, 1))
     lines = [
         f"{size / 1e6:.0f}M parameters, {dense / 6e6:.0f}M active in products; "
-        f"a step: {setting.prompts} prompts x {setting.samples} samples x ({setting.prompt_tokens} + {setting.new_tokens}) tokens, {setting.rows} decoded at once, rows of {setting.row_tokens}; "
-        f"supervised samples of {setting.length}; measured product {product / 1e12:.0f} TFLOP/s",
+        f"a step: {setting.prompts} prompts x {setting.samples} samples x ({setting.prompt_tokens} + {setting.new_tokens}) tokens, "
+        f"{setting.rows} decoded at once, rows of {setting.row_tokens}; supervised samples of {setting.length}; "
+        f"measured product {product / 1e12:.0f} TFLOP/s",
         f"{'':24}{'median s':>10}{'min s':>9}{'max s':>9}{'tokens/s':>11}{'MFU':>8}{'+attn':>8}{'of prod.':>10}{'n':>4}",
     ]
     middle = {name: median(seconds) for name, seconds in clock.seconds.items()}
