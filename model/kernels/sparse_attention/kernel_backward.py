@@ -2,7 +2,8 @@
 
 `probabilities` makes P and dS of every (query, slot, head) once and stores them; slots are the window's tokens, oldest first, then the
 pool's. `query_gradient` multiplies dS by the keys. The keys' gradient is owned by blocks of keys that loop over the queries that see them
-(`key_gradient`), or scattered by query with atomic additions (`scatter_gradient`) where most queries see few of the keys.
+(`key_gradient`), or scattered by query with atomic additions (`scatter_gradient`) where most queries see few of the keys. A long row is
+worked off in stretches of queries: `origin` is the first one whose P and dS are there.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def delta(out, grad, delta, rows, width: tl.constexpr, block: tl.constexpr):
     tl.store(delta + row, tl.sum(o * tl.load(grad + place, mask=there, other=0.0).to(tl.float32), 1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["k", "slots"])
+@triton.jit(do_not_specialize=["origin", "k", "slots"])
 def probabilities(
-    q, kv, ckv, cu, sample, rows, base, count, grad, lse, delta, p_out, ds_out, scale, log2_scale,
+    q, kv, ckv, cu, sample, rows, base, count, grad, lse, delta, p_out, ds_out, scale, log2_scale, origin,
     heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, kind: tl.constexpr, slots,
     head_block: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -42,9 +43,10 @@ def probabilities(
 
     Args:
         q, grad: [T, H, K]; kv, ckv, cu, sample, rows, base, count as in `forward`. lse, delta: [T, H].
-        p_out, ds_out: [T, slots, H] out; slots that the query does not see are left as they are. dS is scaled by 1 / sqrt(K).
+        p_out, ds_out: [*, slots, H] out, from query `origin` on; slots that the query does not see are left as they are. dS is scaled
+            by 1 / sqrt(K).
     """
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    t = origin + tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * head_block + tl.arange(0, head_block)
     there = head < heads
     dims = tl.arange(0, width)
@@ -55,7 +57,7 @@ def probabilities(
     norm = tl.load(lse + t * heads + head, mask=there, other=0.0)
     start = tl.load(cu + tl.load(sample + t)).to(tl.int32)
     unseen = tl.maximum(start - (t - window + 1), 0)
-    place = (t.to(tl.int64) * slots + tl.arange(0, block))[:, None] * heads + head[None, :]
+    place = ((t - origin).to(tl.int64) * slots + tl.arange(0, block))[:, None] * heads + head[None, :]
     for first in range(unseen // block * block, window, block):
         row, seen = window_rows(t, start, first, window, block)
         p, ds = _weigh(load_rows(kv, row, seen, dims, width), seen, qt, dot, norm, d, scale, log2_scale, precision)
@@ -72,21 +74,21 @@ def probabilities(
             tl.store(ds_out + place + (window + first) * heads, ds.to(ds_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["k", "slots"])
+@triton.jit(do_not_specialize=["origin", "k", "slots"])
 def query_gradient(
-    kv, ckv, cu, sample, rows, base, count, ds, dq,
+    kv, ckv, cu, sample, rows, base, count, ds, dq, origin,
     heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, kind: tl.constexpr, slots,
     head_block: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Write dQ [T, H, K] of one query and `head_block` heads: dS [T, slots, H] times the keys."""
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    """Write dQ [T, H, K] of one query and `head_block` heads: dS [*, slots, H], from query `origin` on, times the keys."""
+    t = origin + tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * head_block + tl.arange(0, head_block)
     there = head < heads
     dims = tl.arange(0, width)
     acc = tl.zeros([head_block, width], tl.float32)
     start = tl.load(cu + tl.load(sample + t)).to(tl.int32)
     unseen = tl.maximum(start - (t - window + 1), 0)
-    place = (t.to(tl.int64) * slots + tl.arange(0, block))[:, None] * heads + head[None, :]
+    place = ((t - origin).to(tl.int64) * slots + tl.arange(0, block))[:, None] * heads + head[None, :]
     for first in range(unseen // block * block, window, block):
         row, seen = window_rows(t, start, first, window, block)
         w = tl.load(ds + place + first * heads, mask=seen[:, None] & there[None, :], other=0.0)
@@ -102,10 +104,10 @@ def query_gradient(
 
 
 @triton.jit
-def _slots_of_keys(places, query, key, local, seen, most, window: tl.constexpr, kind: tl.constexpr):
+def _slots_of_keys(places, query, local, seen, most, window: tl.constexpr, kind: tl.constexpr):
     """Return the slot of each key [n, 1] in the row of each query [1, m], and which are there of those that may be seen."""
     if kind == NONE:
-        return key - query + window - 1, seen
+        return local - query + window - 1, seen
     elif kind == GATHERED:
         slot = tl.load(places + query.to(tl.int64) * most + local, mask=seen, other=-1).to(tl.int32)
         return window + slot, seen & (slot >= 0)
@@ -113,19 +115,20 @@ def _slots_of_keys(places, query, key, local, seen, most, window: tl.constexpr, 
         return window + local + query * 0, seen
 
 
-@triton.jit(do_not_specialize=["number", "most", "slots"])
+@triton.jit(do_not_specialize=["origin", "number", "most", "slots"])
 def key_gradient(
-    q, grad, p, ds, places, begin, end, local, dkeys, number, most,
+    q, grad, p, ds, places, begin, end, local, dkeys, origin, number, most,
     heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, kind: tl.constexpr, slots,
     block: tl.constexpr, row_block: tl.constexpr, width_block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Write P^T grad + dS^T Q of `block` keys and `width_block` channels, over one part of the queries that see them.
 
     Args:
-        q, grad: [T, H, K]; p, ds: [T, slots, H].
+        q, grad: [T, H, K]; p, ds: [*, slots, H], from query `origin` on.
         places: [T, most] int16, the slot of each entry (GATHERED).
-        begin, end: [number] int32, the queries that may see a key, non-decreasing; local: [number] int32, its number in its sample.
-        dkeys: [parts, number, K] out. number: keys. Kind NONE stands for the window: keys are tokens.
+        begin, end: [number] int32, the queries that may see a key, non-decreasing; local: [number] int32, its number in its sample, or the
+            token that it is (NONE).
+        dkeys: [parts, number, K] out. number: keys. Kind NONE stands for the window.
     """
     first = tl.program_id(0) * block
     channel = tl.program_id(1) * width_block + tl.arange(0, width_block)
@@ -146,8 +149,8 @@ def key_gradient(
         else:
             query, head = (r // heads)[None, :], (r % heads)[None, :]
         seen = (query >= key_begin) & (query < tl.minimum(key_end, high))
-        slot, seen = _slots_of_keys(places, query, key, key_local, seen, most, window, kind)
-        place = (query.to(tl.int64) * slots + slot) * heads + head
+        slot, seen = _slots_of_keys(places, query, key_local, seen, most, window, kind)
+        place = ((query - origin).to(tl.int64) * slots + slot) * heads + head
         seen = seen & (head >= 0)
         rows = r.to(tl.int64)[:, None] * width + channel[None, :]
         there = r[:, None] < high * heads
@@ -157,14 +160,14 @@ def key_gradient(
     tl.store(dkeys + target, acc.to(dkeys.dtype.element_ty), mask=key < number)
 
 
-@triton.jit(do_not_specialize=["k", "slots"])
+@triton.jit(do_not_specialize=["origin", "k", "slots"])
 def scatter_gradient(
-    q, grad, p, ds, rows, count, dkeys,
+    q, grad, p, ds, rows, count, dkeys, origin,
     heads: tl.constexpr, width: tl.constexpr, window: tl.constexpr, k, slots,
     head_block: tl.constexpr, block: tl.constexpr, width_block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Add P^T grad + dS^T Q of one query, its listed entries and `width_block` channels to dkeys [C, K] fp32, in no fixed order."""
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    t = origin + tl.num_programs(0) - 1 - tl.program_id(0)
     channel = tl.program_id(1) * width_block + tl.arange(0, width_block)
     head = tl.program_id(2) * head_block + tl.arange(0, head_block)
     there = head < heads
@@ -172,7 +175,7 @@ def scatter_gradient(
     do = tl.load(grad + place, mask=there[:, None], other=0.0)
     query = tl.load(q + place, mask=there[:, None], other=0.0)
     entries = tl.load(count + t)
-    place = (t.to(tl.int64) * slots + window + tl.arange(0, block))[:, None] * heads + head[None, :]
+    place = ((t - origin).to(tl.int64) * slots + window + tl.arange(0, block))[:, None] * heads + head[None, :]
     for first in range(0, entries, block):
         row, seen = pool_rows(rows, t.to(tl.int64), 0, entries, first, GATHERED, k, block)
         mask = seen[:, None] & there[None, :]

@@ -18,17 +18,18 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @gluon.jit
 def _copy_operands(
-    weights, values, x, y, row, slot, seen, channel,
+    weights, values, x, y, row, origin, slot, seen, channel,
     heads: gl.constexpr, slots, weights_layout: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
     """Start copying the operands of one product; the caller ends the group.
 
     Args:
-        weights, values: where to. x: [T, slots, H] at the slot of each key, zeros for keys that the query does not see.
+        weights, values: where to.
+        x: [*, slots, H] from query `origin` on, at the slot of each key, zeros for keys that the query does not see.
         y: [T, H, K], channels from `channel` on. row: 64 heads of a query, counted over all queries.
     """
     head = row % (heads // TILE) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(0, weights_layout))
-    place = (row // (heads // TILE)).to(gl.int64) * slots + slot
+    place = (row // (heads // TILE) - origin).to(gl.int64) * slots + slot
     copy(weights, x + place[:, None] * heads + head[None, :], mask=seen[:, None])
     line = row * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
     channel = channel + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, rows_layout))
@@ -37,7 +38,7 @@ def _copy_operands(
 
 @gluon.jit
 def read_places(places, local, begin, end, query, most, kind: gl.constexpr):
-    """Start reading where each key stands in one query's list (GATHERED)."""
+    """Start reading where each key stands in one query's list (GATHERED); return what else its slot follows from."""
     place = local
     if kind == GATHERED:
         place = gl.load(places + query.to(gl.int64) * most + local, mask=(begin <= query) & (query < end), other=-1)
@@ -45,11 +46,11 @@ def read_places(places, local, begin, end, query, most, kind: gl.constexpr):
 
 
 @gluon.jit
-def key_slots(place, key, begin, end, query, window: gl.constexpr, kind: gl.constexpr):
+def key_slots(place, begin, end, query, window: gl.constexpr, kind: gl.constexpr):
     """Return the slot of each key in one query's row, from what `read_places` gave, and whether the query sees it."""
     seen = (begin <= query) & (query < end)
     if kind == NONE:
-        slot = key - query + window - 1
+        slot = place - query + window - 1
     else:
         slot = window + place.to(gl.int32)
         seen = seen & (place >= 0)
@@ -58,20 +59,20 @@ def key_slots(place, key, begin, end, query, window: gl.constexpr, kind: gl.cons
 
 @gluon.jit
 def _sum(
-    q, grad, p, ds, places, key, key_begin, key_end, key_local, most, low, steps, channel, weights, values, total,
+    q, grad, p, ds, places, key_begin, key_end, key_local, most, low, origin, steps, channel, weights, values, total,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots,
     weights_layout: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
     """Sum the products of at least one step, 64 heads of a query each, into `total` [keys, channels]."""
     row = low * (heads // TILE)
     place = read_places(places, key_local, key_begin, key_end, low, most, kind)
-    slot, seen = key_slots(place, key, key_begin, key_end, low, window, kind)
-    _copy_operands(weights.index(0), values.index(0), p, grad, row, slot, seen, channel, heads, slots, weights_layout, rows_layout)
+    slot, seen = key_slots(place, key_begin, key_end, low, window, kind)
+    _copy_operands(weights.index(0), values.index(0), p, grad, row, origin, slot, seen, channel, heads, slots, weights_layout, rows_layout)
     async_copy.commit_group()
-    _copy_operands(weights.index(1), values.index(1), ds, q, row, slot, seen, channel, heads, slots, weights_layout, rows_layout)
+    _copy_operands(weights.index(1), values.index(1), ds, q, row, origin, slot, seen, channel, heads, slots, weights_layout, rows_layout)
     async_copy.commit_group()
     place = read_places(places, key_local, key_begin, key_end, low + TILE // heads, most, kind)
-    slot, seen = key_slots(place, key, key_begin, key_end, low + TILE // heads, window, kind)
+    slot, seen = key_slots(place, key_begin, key_end, low + TILE // heads, window, kind)
     acc = warpgroup_mma_init(total)
     for i in range(steps):
         row += 1
@@ -86,17 +87,18 @@ def _sum(
                 x = p if product == 0 else ds
                 y = grad if product == 0 else q
                 _copy_operands(
-                    weights.index(ahead), values.index(ahead), x, y, row, slot, seen, channel, heads, slots, weights_layout, rows_layout
-                )
+                    weights.index(ahead), values.index(ahead), x, y, row, origin, slot, seen, channel,
+                    heads, slots, weights_layout, rows_layout,
+                )  # fmt: skip
             async_copy.commit_group()
         place = read_places(places, key_local, key_begin, key_end, low + (i + 2) * TILE // heads, most, kind)
-        slot, seen = key_slots(place, key, key_begin, key_end, low + (i + 2) * TILE // heads, window, kind)
+        slot, seen = key_slots(place, key_begin, key_end, low + (i + 2) * TILE // heads, window, kind)
     return warpgroup_mma_wait(0, [acc])
 
 
-@gluon.jit(do_not_specialize=["number", "most", "slots"])
+@gluon.jit(do_not_specialize=["origin", "number", "most", "slots"])
 def key_gradient(
-    q, grad, p, ds, places, begin, end, local, dkeys, number, most,
+    q, grad, p, ds, places, begin, end, local, dkeys, origin, number, most,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots,
     block: gl.constexpr, width_block: gl.constexpr,
 ):  # fmt: skip
@@ -121,7 +123,7 @@ def key_gradient(
     total = gl.zeros([block, width_block], gl.float32, layout)
     if steps > 0:  # a loop that might not run once would make the compiler wait for every product
         total = _sum(
-            q, grad, p, ds, places, key, key_begin, key_end, key_local, most, low, steps, channel, weights, values, total,
+            q, grad, p, ds, places, key_begin, key_end, key_local, most, low, origin, steps, channel, weights, values, total,
             heads, window, kind, slots, weights_layout, rows_layout,
         )  # fmt: skip
     key = first + gl.arange(0, block, layout=gl.SliceLayout(1, layout))

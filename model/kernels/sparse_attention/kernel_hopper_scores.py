@@ -47,7 +47,7 @@ def _copy_piece(ring, x, row, piece, turn, bars, side: gl.constexpr, layout: gl.
 
 @gluon.jit
 def _copy(
-    q, grad, keys, rows, position, base, count, tokens, total, operands, ring, bars,
+    q, grad, keys, rows, position, base, count, tokens, offset, total, operands, ring, bars,
     heads: gl.constexpr, window: gl.constexpr, k, kind: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings, query after query: a pair of tiles at a time, one for each side."""
@@ -70,8 +70,8 @@ def _copy(
         turn = turn + 1
         end = (last + TILE - 1) // TILE
         for j in range(first // TILE, end, 2):
-            row = listed_rows(rows, base, t, j * TILE + index, first, last, tokens, window, k, kind)
-            other = listed_rows(rows, base, t, j * TILE + TILE + index, first, last, tokens, window, k, kind)
+            row = listed_rows(rows, base, t, j * TILE + index, first, last, offset, window, k, kind)
+            other = listed_rows(rows, base, t, j * TILE + TILE + index, first, last, offset, window, k, kind)
             for piece in gl.static_range(4):
                 _copy_piece(ring, keys, row, piece, even, bars, 0, layout)
                 even += 1
@@ -112,20 +112,20 @@ def _products(operands, ring, bars, taken, side: gl.constexpr):
 
 
 @gluon.jit
-def _write(x, values, t, j, first, last, column, heads: gl.constexpr, slots):
-    """Write [keys, heads] of one tile of a query to `x` [T, slots, H], where seen, in runs of 16 heads."""
+def _write(x, values, line, j, first, last, column, heads: gl.constexpr, slots):
+    """Write [keys, heads] of one tile of a query to line `line` of `x` [*, slots, H], where seen, in runs of 16 heads."""
     layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 64]
     )
     slot = j * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
     head = column + gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
-    place = (t.to(gl.int64) * slots + slot)[:, None] * heads + head[None, :]
+    place = (line.to(gl.int64) * slots + slot)[:, None] * heads + head[None, :]
     gl.store(x + place, _in_order(values.to(x.dtype.element_ty), layout), mask=((slot >= first) & (slot < last))[:, None])
 
 
 @gluon.jit
 def _multiply(
-    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
+    position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, origin, total, operands, ring, bars,
     heads: gl.constexpr, window: gl.constexpr, kind: gl.constexpr, slots, side: gl.constexpr,
 ):  # fmt: skip
     """Write P and dS of every other tile, one query after the other; before, delta of half of the heads."""
@@ -150,21 +150,22 @@ def _multiply(
             taken += 4
             mbarrier.arrive(bars.index(OPERANDS_FREE), count=1, pred=j + 2 >= end)
             p = power_of_two(s * log2_scale - norm[None, :])
-            _write(p_out, p, t, j, first, last, column, heads, slots)
-            _write(ds_out, p * (d * scale - mean[None, :]), t, j, first, last, column, heads, slots)
+            _write(p_out, p, t - origin, j, first, last, column, heads, slots)
+            _write(ds_out, p * (d * scale - mean[None, :]), t - origin, j, first, last, column, heads, slots)
         mbarrier.arrive(bars.index(OPERANDS_FREE), count=1, pred=first // TILE + side >= end)
 
 
-@gluon.jit(do_not_specialize=["tokens", "total", "k", "slots"])
+@gluon.jit(do_not_specialize=["tokens", "origin", "offset", "total", "k", "slots"])
 def probabilities(
-    q, keys, rows, position, base, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total,
+    q, keys, rows, position, base, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, origin, offset, total,
     heads: gl.constexpr, window: gl.constexpr, k, kind: gl.constexpr, slots,
 ):  # fmt: skip
     """Write P and dS as `kernel_backward.probabilities`, from keys [T + C, 512], window above pool, and lists whose entries come first.
 
     Args:
         out: [T, H, K] the forward's. delta: [T, H] fp32 out, the sum of out * grad.
-        position: [T] int64, where a token stands in its sample. total: queries times tiles of 64 heads, shared among the programs.
+        position: [T] int64, where a token stands in its sample. tokens: one past the last query, origin: the first. offset: where the
+            pool begins in `keys`. total: queries times tiles of 64 heads, shared among the programs.
     """
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     operands = gl.allocate_shared_memory(q.dtype.element_ty, [4, 2 * TILE, PIECE], shared)
@@ -180,11 +181,11 @@ def probabilities(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
-                         heads, window, kind, slots, 0)),
-            (_multiply, (position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, total, operands, ring, bars,
-                         heads, window, kind, slots, 1)),
-            (_copy, (q, grad, keys, rows, position, base, count, tokens, total, operands, ring, bars, heads, window, k, kind)),
+            (_multiply, (position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, origin, total, operands, ring,
+                         bars, heads, window, kind, slots, 0)),
+            (_multiply, (position, count, out, grad, lse, delta, p_out, ds_out, scale, log2_scale, tokens, origin, total, operands, ring,
+                         bars, heads, window, kind, slots, 1)),
+            (_copy, (q, grad, keys, rows, position, base, count, tokens, offset, total, operands, ring, bars, heads, window, k, kind)),
         ],
         [4, 4],
         [200, 104],

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from model.kernels.sparse_attention import kernel_hopper_forward, kernel_listed
-from model.kernels.sparse_attention.fused import GATHERED, PROCESSORS, on_hopper
 from model.kernels.sparse_attention.kernel_forward import LOG2E
+from model.kernels.sparse_attention.launch import GATHERED, PROCESSORS, on_hopper
 
 LEAST = 64
 """Rows of a list that are worth a program of their own."""

@@ -90,10 +90,10 @@ CASES = {
 @pytest.mark.parametrize("owned", [True, False], ids=["owned", "scattered"])
 @pytest.mark.parametrize("name", CASES)
 def test_is_as_close_as_plain_torch(name: str, owned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = pytest.importorskip("model.kernels.sparse_attention.fused")
+    launch = pytest.importorskip("model.kernels.sparse_attention.launch")
     op = pytest.importorskip("model.kernels.sparse_attention.op").sparse_attention
     torch.use_deterministic_algorithms(owned, warn_only=True)
-    monkeypatch.setattr(fused, "DENSE", fused.DENSE if owned else 0)
+    monkeypatch.setattr(launch, "DENSE", launch.DENSE if owned else 0)
     lengths, ratio, sizes = CASES[name]
     drawn = draw(lengths, ratio, **sizes)
     exact = evaluate(reference.sparse_attention, drawn, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kernels import choice
 from model.kernels.indexer.reference import top_entries
-from model.kernels.sparse_attention import fused, listed, reference
+from model.kernels.sparse_attention import fused_backward, launch, listed, reference
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
 
@@ -81,12 +81,25 @@ def test_scattered_gradient_equals_the_owned() -> None:
     x = case([60, 13], "selected", selected=3)
     owned = evaluate(sparse_attention, x, torch.float32)
     torch.use_deterministic_algorithms(False)
-    fused.DENSE, before = 0, fused.DENSE
+    launch.DENSE, before = 0, launch.DENSE
     try:
         scattered = evaluate(sparse_attention, x, torch.float32)
     finally:
-        fused.DENSE = before
+        launch.DENSE = before
     for got, expected in zip(scattered, owned):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["owned", "scattered"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stretches_of_queries_give_the_same_gradients(kind: str, scattered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    x = case([43, 3, 30], kind)
+    whole = evaluate(sparse_attention, x, torch.float32)
+    torch.use_deterministic_algorithms(not scattered, warn_only=True)
+    monkeypatch.setattr(launch, "DENSE", 0 if scattered else launch.DENSE)
+    monkeypatch.setattr(fused_backward, "STORED", 2 * 3 * 4 * (24 + 19) * 17)
+    for got, expected in zip(evaluate(sparse_attention, x, torch.float32), whole):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
 
