@@ -263,12 +263,14 @@ def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
         runs = [run("1 rank", 1, 1), run("1 rank, reordered", 1, 1, reordered=True)]
         runs += [run(f"2 ranks, ZeRO {stage}", stage, 2) for stage in stages]
         outcomes: list[Outcome] = []
+        began = time.perf_counter()
         try:
             for each in runs:
                 each.hear()
             for each in runs:
                 each.tell("start")
                 each.hear()
+                print(f"{each.name} is up after {time.perf_counter() - began:.0f} s", flush=True)
                 if each is runs[0]:
                     each.tell("curve")
             for each in runs:
