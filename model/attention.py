@@ -13,7 +13,7 @@ from model.indexer import RATIO, Indexer
 from model.kernels.sparse_attention.blocked import Inputs
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
-from model.linear import GroupedLinear, linear
+from model.linear import GroupedLinear, joint_linear, linear
 from model.norm import RMSNorm, unit_norm
 from model.quant.qat import fake_quantize_kv
 from model.rope import rotate
@@ -59,12 +59,14 @@ class Attention(nn.Module):
             [U, D].
         """
         turns = row.turns[bool(self.ratio)]
-        latent, q, kv = self._project(x, turns)
+        maps = () if self.compressor is None else (self.compressor.wkv, self.compressor.wgate)
+        latent, key, *pooled = joint_linear(x, self.wq_a, self.wkv, *maps)
+        latent, q, kv = self._rotated(latent, key, turns)
         if cache is not None and plan is not None:
             plan.put_window(cache.keys, kv)
         entries = indices = None
         if self.compressor is not None:
-            entries = self._rounded(self.compressor(x, row, *((cache.compressor, plan) if cache is not None else ())))
+            entries = self._rounded(self.compressor.pool(tuple(pooled), row, *((cache.compressor, plan) if cache is not None else ())))
             if cache is not None and plan is not None:
                 plan.put_entries(cache.keys, entries, self.ratio, offset=FRONT + row.window)
         if self.indexer is not None and row.indexer != "dense":
@@ -106,13 +108,16 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query latent [T, R], the queries [T, H, K] and the window key [T, K], rotated."""
-        latent = self.q_norm(self.wq_a(x))
-        q = unit_norm(self.wq_b(latent).view(len(x), self.heads, self.width), self.eps)
-        return latent, rotate(q, turns.unsqueeze(1)), self._rounded(rotate(self.kv_norm(self.wkv(x)), turns))
+        return self._rotated(self.wq_a(x), self.wkv(x), turns)
+
+    def _rotated(self, latent: Tensor, key: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        latent = self.q_norm(latent)
+        q = unit_norm(self.wq_b(latent).view(len(latent), self.heads, self.width), self.eps, turns.unsqueeze(1))
+        return latent, q, self._rounded(self.kv_norm(key, turns))
 
     def _rounded(self, keys: Tensor) -> Tensor:
         return fake_quantize_kv(keys, rope_dims=self.rope) if self.fp8_keys else keys
 
     def _output(self, out: Tensor, turns: Tensor) -> Tensor:
         """Rotate [T, H, K] back and project it to [T, D]."""
-        return self.wo_b(self.wo_a(rotate(out, turns.conj().resolve_conj().unsqueeze(1)).flatten(1)))
+        return self.wo_b(self.wo_a(rotate(out, turns.unsqueeze(1), inverse=True).flatten(1)))

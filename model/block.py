@@ -52,23 +52,23 @@ class Block(nn.Module):
         Returns:
             streams [U, M, D] and the balance loss [], None where samples share tokens: it counts per sample.
         """
-        x, post, comb = self._attn_in(streams)
+        x, post, comb, streams = self._attn_in(streams)
         streams = mix_out(self.attn(x, row, cache, plan), streams, post, comb)
-        x, post, comb = self._ffn_in(streams)
+        x, post, comb, streams = self._ffn_in(streams)
         out, balance = self.ffn(x, tokens, row if row.source is None else None)
         return mix_out(out, streams, post, comb), balance
 
     def decode(self, streams: Tensor, tokens: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:
         """Pass one new token a row: streams [B, M, D], tokens [B]; n tokens a row with `Steps`, the first of all rows before the second."""
-        x, post, comb = self._attn_in(streams)
+        x, post, comb, streams = self._attn_in(streams)
         streams = mix_out(self.attn.decode(x, step, cache), streams, post, comb)
-        x, post, comb = self._ffn_in(streams)
+        x, post, comb, streams = self._ffn_in(streams)
         return mix_out(self.ffn(x, tokens, None)[0], streams, post, comb)
 
-    def _attn_in(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, post, comb = mix_in(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, config=self.config)
-        return self.attn_norm(x), post, comb
+    def _attn_in(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, post, comb, streams = mix_in(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, config=self.config)
+        return self.attn_norm(x), post, comb, streams
 
-    def _ffn_in(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, post, comb = mix_in(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, config=self.config)
-        return self.ffn_norm(x), post, comb
+    def _ffn_in(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, post, comb, streams = mix_in(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, config=self.config)
+        return self.ffn_norm(x), post, comb, streams

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from model.cache import CompressorState, PrefillPlan, Step
 from model.config import ModelConfig
+from model.kernels.choice import implementation_for
 from model.layout import PackedRow
-from model.linear import linear
+from model.linear import joint_linear, linear
 from model.norm import RMSNorm
 from model.rope import rotate
 
@@ -37,16 +38,28 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, row: PackedRow, state: CompressorState | None = None, plan: PrefillPlan | None = None) -> Tensor:
         """Compress a packed row [U, D] into its entries [C, K]; in a prefill (U = T), leave each sample's tail in `state`."""
-        entries = row.entries[self.ratio]
-        kv, gate = self.wkv(x).float(), self.wgate(x).float()
-        if state is not None and plan is not None:
-            plan.keep_tail(state, kv, gate + self.ape.float()[row.position % self.ratio])
+        return self.pool(joint_linear(x, self.wkv, self.wgate), row, state, plan)
+
+    def pool(
+        self, projected: tuple[Tensor, ...], row: PackedRow, state: CompressorState | None = None, plan: PrefillPlan | None = None
+    ) -> Tensor:
+        """Do the same from what `wkv` and `wgate` make of the row, each [U, c * K]."""
+        entries, (kv, gate) = row.entries[self.ratio], projected
+        dtype = kv.dtype
+        if implementation_for(kv) == "triton":
+            from model.kernels.pooling import fused  # brings Triton, which a CPU does without
+
+            self._keep_tail(projected, row, state, plan)
+            pooled = fused.pool(kv, gate, self.ape, entries, overlaps=self.overlaps, shared=row.source is not None)
+            return self.norm(pooled, entries.turns).to(dtype)
+        kv, gate = kv.float(), gate.float()
+        self._keep_tail((kv, gate), row, state, plan)
         kv = kv.index_select(0, entries.computed).view(*entries.tokens.shape, kv.shape[1])  # [C, m, c * K]
         gate = gate.index_select(0, entries.computed).view(*entries.tokens.shape, gate.shape[1]) + self.ape.float()
         if self.overlaps:
             kv, gate = _with_previous(kv), _with_previous(gate)
             gate[:, : self.ratio].masked_fill_(entries.first.view(-1, 1, 1), float("-inf"))  # an infinite gate weighs 0
-        return rotate(self._pool(kv, gate).to(x.dtype), entries.turns)
+        return rotate(self._pool(kv, gate).to(dtype), entries.turns)
 
     def decode(self, x: Tensor, step: Step, state: CompressorState) -> tuple[Tensor, Tensor] | None:
         """Take one token a row [B, D]; returns the rows [n] that completed a block and their entries [n, K], or None."""
@@ -63,6 +76,12 @@ class Compressor(nn.Module):
             width = kv.shape[2] // 2
             kv, gate = (torch.where(own, ring[..., width:], ring[..., :width]) for ring in (kv, gate))
         return rows, rotate(self._pool(kv, gate).to(x.dtype), step.entry_turns[self.ratio])
+
+    def _keep_tail(self, projected: tuple[Tensor, ...], row: PackedRow, state: CompressorState | None, plan: PrefillPlan | None) -> None:
+        """In a prefill, leave each sample's unfinished entry in `state`."""
+        if state is not None and plan is not None:
+            kv, gate = (each.float() for each in projected)
+            plan.keep_tail(state, kv, gate + self.ape.float()[row.position % self.ratio])
 
     def _pool(self, kv: Tensor, gate: Tensor) -> Tensor:
         return self.norm((gate.softmax(1) * kv).sum(1))

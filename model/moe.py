@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import AnyConfig
+from model.kernels.choice import implementation_for
 from model.kernels.experts.op import routed_experts, swiglu
+from model.kernels.router.rule import Rule
 from model.layout import PackedRow
-from model.linear import linear
+from model.linear import linear, stacked_linear
 from model.quant.qat import fake_quantize_mxfp4
 
 _HASH_SEED = 20260424
@@ -44,6 +46,7 @@ class Gate(nn.Module):
         self.scaling, self.normalises = config.routed_scaling_factor, config.norm_topk_prob
         self.groups, self.kept_groups = config.n_group, config.topk_group
         self.score = _SCORES[config.scoring_func]
+        self.rule = Rule(config.scoring_func, self.active, self.normalises, self.scaling)
         hashed = layer < config.num_hash_layers
         self.register_buffer("bias", None if hashed else torch.zeros(experts))
         self.register_buffer("tid2eid", _hash_table(config, layer) if hashed else None)
@@ -51,6 +54,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [T, D] tokens: experts [T, A] int64, weights [T, A] fp32, scores [T, E] fp32."""
+        if implementation_for(x) == "triton":
+            return self._routed(x, tokens)
         scores = self.score(x.float() @ self.weight.float().T)
         if self.tid2eid is not None:
             indices = self.tid2eid[tokens]
@@ -63,6 +68,19 @@ class Gate(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.load += torch.bincount(indices.flatten(), minlength=len(self.load))
         return indices, weights * self.scaling, scores
+
+    def _routed(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from model.kernels.router import fused  # brings Triton, which a CPU does without
+
+        indices = None if self.tid2eid is None else self.tid2eid[tokens]
+        if self.bias is not None and self.kept_groups != self.groups:
+            with torch.no_grad():
+                scores = fused.route(x, self.weight, self.rule, bias=self.bias).scores
+                indices = torch.topk(self._within_groups(scores + self.bias), self.active, dim=-1, sorted=False).indices
+        routing = fused.route(x, self.weight, self.rule, bias=self.bias, indices=indices)
+        if self.training and torch.is_grad_enabled():
+            self.load += routing.counts.sum(0)
+        return routing[:3]
 
     def _within_groups(self, scores: Tensor) -> Tensor:
         """Put -inf outside the `kept_groups` groups whose two best experts have the highest sum; [T, E] to [T, E]."""
@@ -86,6 +104,10 @@ class Gate(nn.Module):
         """
         if self.tid2eid is not None:
             return scores.new_zeros(())
+        if implementation_for(scores) == "triton":
+            from model.kernels.router import fused  # brings Triton, which a CPU does without
+
+            return fused.balance_loss(scores, indices, row.cu_seqlens, row.sample)
         shares = scores / scores.sum(-1, keepdim=True)
         count, experts = len(row.lengths), scores.shape[1]
         chosen = torch.bincount((row.sample.unsqueeze(1) * experts + indices).flatten(), minlength=count * experts).view(count, experts)
@@ -138,6 +160,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
+        if implementation_for(x) == "triton":
+            from model.kernels.experts import gated  # brings Triton, which a CPU does without
+
+            return self.w2(gated.swiglu(stacked_linear(x, self.w1, self.w3), self.limit))
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
 
 

@@ -7,20 +7,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from model.kernels.choice import implementation_for
+from model.rope import rotate
 
-def unit_norm(x: Tensor, eps: float) -> Tensor:
-    """Divide the last dimension by its root mean square, x * rsqrt(mean(x^2) + eps), computed in fp32.
+
+def unit_norm(x: Tensor, eps: float, turns: Tensor | None = None) -> Tensor:
+    """Divide the last dimension by its root mean square, x * rsqrt(mean(x^2) + eps), computed in fp32; then rotate it if asked to.
 
     Args:
         x: [..., D] any float dtype.
         eps: added to the mean square.
+        turns: what `model.rope.rotate` is to turn the result by.
 
     Returns:
         [..., D] in the dtype of `x`.
 
     Source: v4 report 2.3 (query heads), mHC paper (residual streams).
     """
-    return _normalised(x, None, eps)
+    return _normalised(x, None, eps, turns)
 
 
 class RMSNorm(nn.Module):
@@ -31,9 +35,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [..., D]; same shape and dtype."""
-        return _normalised(x, self.weight, self.eps)
+    def forward(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
+        """Normalise `x` [..., D], then rotate it by `turns` as `model.rope.rotate` does; same shape and dtype."""
+        return _normalised(x, self.weight, self.eps, turns)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -44,11 +48,19 @@ class LayerNorm(nn.LayerNorm):
         return functional.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    wide, scale = x.float(), None if weight is None else weight.float()
+def _normalised(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor | None) -> Tensor:
+    if implementation_for(x) == "triton":
+        from model.kernels.rotary_norm import fused  # brings Triton, which a CPU does without
+
+        return fused.normalise(x, weight, turns, eps)
+    out = _plain(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
+    return out if turns is None else rotate(out, turns)
+
+
+def _plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(wide, scale, eps).to(x.dtype)
-    return functional.rms_norm(wide, x.shape[-1:], scale, eps).to(x.dtype)
+        return _RMSNorm.apply(x, weight, eps)
+    return functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

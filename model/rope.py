@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.config import AnyConfig, RopeScaling
+from model.kernels.choice import implementation_for
 
 
 def inverse_frequencies(config: AnyConfig, *, compressed: bool) -> Tensor:
@@ -59,16 +60,22 @@ def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor, *, inverse: bool = False) -> Tensor:
     """Rotate the last 2R' dimensions of `x` pairwise, leaving the others as they are.
 
     Args:
         x: [..., K] any float dtype; pairs are adjacent, (2i, 2i + 1).
-        turns: [..., R'] complex, broadcast against the leading dimensions of `x`.
+        turns: [..., R'] complex, as many dimensions as `x`, 1 in all but the first and the last.
+        inverse: turn backwards.
 
     Returns:
         [..., K] a new tensor in the dtype of `x`; the rotation itself in fp32.
     """
+    if implementation_for(x) == "triton":
+        from model.kernels.rotary_norm import fused  # brings Triton, which a CPU does without
+
+        return fused.rotate(x, turns, inverse=inverse)
+    turns = turns.conj().resolve_conj() if inverse else turns
     return _Rotate.apply(x, turns) if torch.is_grad_enabled() else _rotated(x, turns)
 
 

@@ -66,3 +66,37 @@ def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, wi
     du = tl.where(tl.abs(u_raw) < limit, d * g * s, 0.0)
     tl.store(dgate + place, dg.to(dgate.dtype.element_ty), inside)
     tl.store(dup + place, du.to(dup.dtype.element_ty), inside)
+
+
+@triton.jit
+def _activation(gate, up, limit):
+    """Return both branches clamped, and the sigmoid of the first."""
+    g, u = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
+    return g, u, tl.sigmoid(g)
+
+
+@triton.jit
+def gate_pairs(both, out, count, width, limit, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = silu(min(gate, l)) clamp(up, -l, l) of gate and up beside each other, [T, 2 F] to [T, F]; a program a tile."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (rows < count)[:, None] & (columns < width)[None, :]
+    lines = rows.to(tl.int64)[:, None]
+    at = both + lines * (2 * width) + columns[None, :]
+    g, u, s = _activation(tl.load(at, mask, 0.0).to(tl.float32), tl.load(at + width, mask, 0.0).to(tl.float32), limit)
+    tl.store(out + lines * width + columns[None, :], (g * s * u).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def gate_pairs_backward(grad, both, dboth, count, width, limit, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradient of `gate_pairs`."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (rows < count)[:, None] & (columns < width)[None, :]
+    lines = rows.to(tl.int64)[:, None]
+    place = lines * (2 * width) + columns[None, :]
+    d = tl.load(grad + lines * width + columns[None, :], mask, 0.0).to(tl.float32)
+    gate, up = tl.load(both + place, mask, 0.0).to(tl.float32), tl.load(both + place + width, mask, 0.0).to(tl.float32)
+    g, u, s = _activation(gate, up, limit)
+    dg = tl.where(gate < limit, d * u * s * (1 + g * (1 - s)), 0.0)
+    du = tl.where(tl.abs(up) < limit, d * g * s, 0.0)
+    tl.store(dboth + place, dg.to(dboth.dtype.element_ty), mask)
+    tl.store(dboth + place + width, du.to(dboth.dtype.element_ty), mask)

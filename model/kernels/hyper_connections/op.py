@@ -18,7 +18,7 @@ def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: 
 
     Args:
         streams: [T, M, D] fp32 or bf16; computed in fp32.
-        fn: [2M + M^2, M * D] fp32, rows pre, post, comb (j first).
+        fn: [2M + M^2, M * D] fp32, rows pre, post, comb (j first); on a GPU any float dtype, and so are base and scale.
         base: [2M + M^2] fp32.
         scale: [3] fp32, of pre, post and comb.
         config: gives `hc_sinkhorn_iters`, `hc_eps` and `rms_norm_eps`.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels.experts import fused, reference
+from model.kernels.experts import fused, gated, reference
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +30,15 @@ def test_routed_experts(tokens, experts, active):
         results.append((out, *torch.autograd.grad(out, (x, weights, *matrices), grad)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 24), (37, 192), (0, 64)], ids=str)
+def test_swiglu(tokens, width, monkeypatch):
+    monkeypatch.setattr(gated, "TILE", 128)
+    torch.manual_seed(2)
+    both, grad = torch.randn(tokens, 2 * width, requires_grad=True), torch.randn(tokens, width)
+    gate, up = both.double().chunk(2, 1)
+    want = torch.nn.functional.silu(gate.clamp(max=1.0)) * up.clamp(-1.0, 1.0)
+    got = gated.swiglu(both, 1.0)
+    torch.testing.assert_close(got, want.float())
+    torch.testing.assert_close(torch.autograd.grad(got, both, grad), torch.autograd.grad(want, both, grad.double()))

@@ -1,0 +1,1 @@
+"""Pooling of token blocks into compressed entries."""
