@@ -18,10 +18,12 @@ from domains.types import Domain, Environment, Prompt, Sample
 from model import drafting
 from model.cache import Cache
 from model.decoding import Decoder, decoder_for, is_compiled
+from model.graph_decoding import GraphDecoder, is_captured
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation.conversation import prompt_tokens
+from runtime.generation.lookahead import decode_ahead
 from runtime.generation.rows import Row, Turns, advance
 from runtime.generation.sampler import choose, uniforms
 from runtime.generation.speculative import DRAWS, decode_speculatively
@@ -39,6 +41,7 @@ class Generator:
         self.model, self.tokenizer, self.setups, self.sandbox = model, tokenizer, setups, sandbox
         self._domains: dict[str, Domain] = {}
         self._environments: dict[str, Environment | None] = {}
+        self._graphs = GraphDecoder(model)
         self._has_said_how = False
 
     @torch.inference_mode()
@@ -55,9 +58,10 @@ class Generator:
             P * G samples, those of one prompt together.
         """
         at_once = max(1, sampling.rows // samples)
-        decoding = decoder_for(self.model)
+        captured = is_captured(self.model) and not sampling.speculative
+        decoding = None if captured else decoder_for(self.model)
         if not self._has_said_how:
-            logger.info("decoding in %s", "compiled loops" if is_compiled(self.model) else "torch")
+            logger.info("decoding in %s", "a CUDA graph" if captured else "compiled loops" if is_compiled(self.model) else "torch")
             self._has_said_how = True
         out: list[Sample] = []
         for start in range(0, len(prompts), at_once):
@@ -88,22 +92,31 @@ class Generator:
             for g in range(samples)
         ]
 
-    def _generate(self, rows: list[Row], sampling: SamplingConfig, samples: int, *, decoding: Callable[[Cache], Decoder]) -> list[Sample]:
+    def _generate(
+        self, rows: list[Row], sampling: SamplingConfig, samples: int, *, decoding: Callable[[Cache], Decoder] | None
+    ) -> list[Sample]:
+        """Answer the prompts of some rows together, with a decoder or in CUDA graphs."""
         domain, environment = self._domain(rows[0].prompt.domain)
         if environment is not None:
             for row, episode in zip(rows, environment.open([r.prompt for r in rows]), strict=True):
                 row.episode = episode
-        logits, cache = self._prefill([row.tokens for row in rows[::samples]], sampling, samples)
+        logits, cache = self._prefill([row.tokens for row in rows[::samples]], sampling)
+        source = torch.arange(len(rows), device=logits.device) // samples
+        logits = logits[source]
         turns = Turns(self.tokenizer, domain, environment, sampling, cache.capacity)
         if sampling.speculative:
-            decode_speculatively(rows, logits, self.model, cache, turns)
+            decode_speculatively(rows, logits, self.model, cache.select(source), turns)
+        elif decoding is None:
+            self._graphs.start(cache, source, temperature=sampling.temperature)
+            self._advance(rows, logits, turns)
+            decode_ahead(rows, self._graphs, turns)
         else:
-            self._decode(rows, logits, decoding(cache), turns)
+            self._decode(rows, logits, decoding(cache.select(source)), turns)
         outcomes = [{} for _ in rows] if environment is None else environment.finish([r.episode for r in rows])
         return [row.sample(outcome) for row, outcome in zip(rows, outcomes, strict=True)]
 
-    def _prefill(self, encoded: list[list[int]], sampling: SamplingConfig, samples: int) -> tuple[Tensor, Cache]:
-        """Run each prompt once; its logits and its cache row are then repeated for its samples."""
+    def _prefill(self, encoded: list[list[int]], sampling: SamplingConfig) -> tuple[Tensor, Cache]:
+        """Run each prompt once; returns the logits [P, V] of what follows, and a cache with a row a prompt."""
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
         capacity = max(map(len, encoded)) + sampling.max_new_tokens + TURN_ALLOWANCE * (sampling.max_turns - 1) + 1
         cache = Cache(self.model.config, rows=len(encoded), capacity=capacity, device=device, dtype=dtype)
@@ -115,32 +128,32 @@ class Generator:
             if sampling.speculative
             else self.model.prefill(tokens, cu_seqlens, cache)
         )
-        logits = self.model.head(prefilled)  # [P, V]
-        repeat = torch.arange(len(encoded), device=device).repeat_interleave(samples)
-        return logits[repeat], cache.select(repeat)
+        return self.model.head(prefilled), cache
 
     def _decode(self, rows: list[Row], logits: Tensor, decoder: Decoder, turns: Turns) -> None:
-        sampling, limit = turns.sampling, turns.limit
         while True:
-            draws = None
-            if sampling.temperature > 0:
-                draws = torch.tensor(
-                    [r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=logits.device
-                )
-            chosen, logprobs = choose(logits, draws, sampling.temperature)
-            ended = [
-                row
-                for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True)
-                if advance(row, token, logprob, eos=self.tokenizer.eos, budget=sampling.max_new_tokens, limit=limit)
-            ]
-            if ended:
-                turns.end(ended)
+            if self._advance(rows, logits, turns):
                 alive = [i for i, row in enumerate(rows) if not row.done]
                 if not alive:
                     return
                 rows = [rows[i] for i in alive]
                 decoder.keep(alive)
             logits = decoder.step([r.tokens[-1] for r in rows])
+
+    def _advance(self, rows: list[Row], logits: Tensor, turns: Turns) -> bool:
+        """Give every row its next token and end the turns that are over; returns whether there were any."""
+        sampling, draws = turns.sampling, None
+        if sampling.temperature > 0:
+            draws = torch.tensor([r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=logits.device)
+        chosen, logprobs = choose(logits, draws, sampling.temperature)
+        ended = [
+            row
+            for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True)
+            if advance(row, token, logprob, eos=self.tokenizer.eos, budget=sampling.max_new_tokens, limit=turns.limit)
+        ]
+        if ended:
+            turns.end(ended)
+        return bool(ended)
 
     def _domain(self, name: str) -> tuple[Domain, Environment | None]:
         if name not in self._domains:

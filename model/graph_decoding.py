@@ -1,0 +1,181 @@
+"""Decoding on a GPU with one CUDA graph a step: rows in fixed places, results that the host may take a step later."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.cache import Cache
+from model.config import ModelConfig
+from model.kernels.choice import implementation_for
+from model.static_step import StaticStep
+from model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Numbers of rows that graphs are captured for; beyond the last, multiples of it."""
+STREAMS = 4
+"""Residual streams that the kernels of hyper-connections are written for."""
+
+
+def is_captured(model: Transformer) -> bool:
+    """Tell whether a CUDA graph decodes this model: V4 with Triton on a GPU, keys and index not quantised, parameters whole and at rest."""
+    config, parameters = model.config, list(model.parameters())
+    fits = isinstance(config, ModelConfig) and config.hc_mult == STREAMS and config.head_dim & (config.head_dim - 1) == 0
+    fits = fits and not (model.quantization["indexer"] or model.quantization["kv"])
+    # ZeRO 3 gathers the parameters into new memory for every call.
+    fits = fits and all(p.is_cuda and not hasattr(p, "ds_id") for p in parameters)
+    return fits and implementation_for(parameters[0]) == "triton"
+
+
+class GraphDecoder:
+    """Advances the rows of one prefill after the other; buffers and graphs stay.
+
+    A step is launched with what it needs from the host and its results are collected later, in order: the host looks at one step while
+    the next one runs. On a CPU a step runs at once, without a graph.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self._step: StaticStep | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._count = 0
+        self._slots: deque[_Slot] = deque()
+        self._pending: deque[_Pending] = deque()
+        self._memory: Any = None
+
+    def start(self, cache: Cache, source: Tensor, *, temperature: float) -> None:
+        """Begin with rows that are copies of a prefill's: row i of its row `source[i]`, [B] int64; temperature 0 is greedy."""
+        step = self._prepared(len(source), cache.capacity)
+        step.weights.refresh()
+        step.load(cache, source)
+        step.temperature.fill_(temperature)
+        while self._pending:
+            self._pending.popleft().slot.wait()
+        self._count = len(source)
+
+    @property
+    def size(self) -> int:
+        """Places that a step computes."""
+        assert self._step is not None
+        return _size(self._count)
+
+    def launch(self, forced: NDArray[np.int32], draws: NDArray[np.float32]) -> None:
+        """Start a step.
+
+        Args:
+            forced: [B] int32, tokens to feed; -1 feeds what the row chose in the step before.
+            draws: [B] fp32 in [0, 1), for choosing the next token.
+        """
+        step, count = self._step, self._count
+        assert step is not None and len(forced) == len(draws) == count and len(self._pending) < len(self._slots)
+        slot = self._slots[0]
+        self._slots.rotate(-1)
+        slot.forced[:count], slot.draws[:count] = forced, draws
+        step.inbox.copy_(slot.inbox, non_blocking=True)
+        self._run(step, self.size)
+        slot.outbox.copy_(step.outbox, non_blocking=True)
+        slot.mark()
+        self._pending.append(_Pending(slot, count))
+
+    def collect(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Wait for the oldest step and return its choices [B] and their log-probs [B], nats, of the rows that are still there."""
+        oldest = self._pending.popleft()
+        oldest.slot.wait()
+        tokens, logprobs = oldest.slot.tokens[: oldest.count].copy(), oldest.slot.logprobs[: oldest.count].copy()
+        for index in oldest.kept:
+            tokens, logprobs = tokens[index], logprobs[index]
+        return tokens, logprobs
+
+    def keep(self, index: NDArray[np.int64]) -> None:
+        """Go on with these rows alone, moved to the front in this order."""
+        step = self._step
+        assert step is not None
+        step.keep(torch.from_numpy(index).to(step.inbox.device))
+        self._count = len(index)
+        for pending in self._pending:
+            pending.kept.append(index)
+
+    def shrinks(self, count: int) -> bool:
+        """Tell whether a step over `count` rows would be a smaller one."""
+        assert self._step is not None
+        return _size(count) < self.size
+
+    def _prepared(self, rows: int, capacity: int) -> StaticStep:
+        """Return buffers of at least this size, the old ones where they do and no parameter has moved."""
+        old = self._step
+        if old is not None and old.rows >= rows and old.capacity >= capacity and not old.weights.has_moved():
+            return old
+        if old is not None:
+            rows, capacity = max(rows, old.rows), max(capacity, old.capacity)
+        self._step, self._graphs = None, {}
+        with torch.inference_mode(False):  # the buffers may be written in any mode later
+            self._step = StaticStep(self._model, rows=_size(rows), capacity=capacity)
+        self._slots = deque(_Slot(self._step) for _ in range(2))
+        self._memory = torch.cuda.graph_pool_handle() if self._step.inbox.is_cuda else None
+        return self._step
+
+    def _run(self, step: StaticStep, size: int) -> None:
+        if not step.inbox.is_cuda:
+            step.run(size)
+            return
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(step, size)
+        self._graphs[size].replay()
+
+    def _capture(self, step: StaticStep, size: int) -> torch.cuda.CUDAGraph:
+        """Run a step once, which compiles its kernels, take it back, and record it."""
+        began = time.perf_counter()
+        kept = step.cache.positions.clone(), step.outbox.clone()
+        step.run(size)
+        # All state is stored by position: a step that is run again overwrites what it wrote.
+        step.cache.positions.copy_(kept[0])
+        step.outbox.copy_(kept[1])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            step.run(size)
+        logger.info("decoding %d rows of up to %d tokens: captured in %.2f s", size, step.capacity, time.perf_counter() - began)
+        return graph
+
+
+class _Slot:
+    """Pinned memory of one step: what the host sends and what it gets back."""
+
+    def __init__(self, step: StaticStep) -> None:
+        on_gpu = step.inbox.is_cuda
+        self.inbox, self.outbox = (torch.zeros(2, step.rows, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2))
+        self.forced, self.draws = self.inbox[0].numpy(), self.inbox[1].numpy().view(np.float32)
+        self.tokens, self.logprobs = self.outbox[0].numpy(), self.outbox[1].numpy().view(np.float32)
+        self._event = torch.cuda.Event() if on_gpu else None
+
+    def mark(self) -> None:
+        """Note the place in the stream after which the results are there."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait for the results."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class _Pending:
+    """A step that was launched over `count` rows, and the rows kept since."""
+
+    def __init__(self, slot: _Slot, count: int) -> None:
+        self.slot, self.count, self.kept = slot, count, list[NDArray[np.int64]]()
+
+
+def _size(count: int) -> int:
+    """Return the least size of `SIZES` that holds `count` rows."""
+    for size in SIZES:
+        if size >= count:
+            return size
+    return -(-count // SIZES[-1]) * SIZES[-1]

@@ -1,0 +1,77 @@
+"""Launches of the kernels of a static decoding step; arguments as in `op`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from model.kernels.static_decode import kernel_attention, kernel_tokens
+from model.kernels.static_decode.reference import FRONT
+from model.kernels.static_decode.rows import Pool, Rows
+
+TOKENS = 16
+"""Tokens of a long block that are pooled at a time; blocks of overlapping entries are pooled at once."""
+LIST = 256
+"""Places of a list that one program fills."""
+WORDS = {"BLOCK": 2048, "num_warps": 4}
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute `op.product`."""
+    if x.dtype == torch.float32 or x.dtype != weight.dtype:
+        return torch.nn.functional.linear(x.float(), weight.float())
+    return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+
+def normalise(x: Tensor, weight: Tensor, like: Tensor, *, eps: float) -> Tensor:
+    """Compute `op.normalise`."""
+    out = torch.empty(x.shape, device=x.device, dtype=like.dtype)
+    block = triton.next_power_of_2(x.shape[1])
+    kernel_attention.normalise[(len(x),)](x, weight, out, x.stride(0), x.shape[1], eps, BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+def put_window(kv: Tensor, weight: Tensor, keys: Tensor, rows: Rows, *, window: int) -> None:
+    """Compute `op.put_window`."""
+    half = kv.shape[1] // 2
+    kernel_attention.put_window[(len(kv),)](
+        kv, weight, keys, rows.positions, rows.turns, kv.stride(0), keys.stride(0), FRONT, window, half, half - rows.turns.shape[1],
+        rows.eps, PAIRS=triton.next_power_of_2(half), num_warps=_warps(half),
+    )  # fmt: skip
+
+
+def compress(kv: Tensor, gate: Tensor, pool: Pool, rows: Rows) -> None:
+    """Compute `op.compress`."""
+    ring, half = pool.kv.shape[1], pool.entries.shape[2] // 2
+    overlaps = ring > pool.ratio
+    kernel_attention.compress[(len(kv),)](
+        kv, gate, pool.ape, pool.weight, pool.kv, pool.gate, pool.entries, rows.positions, rows.turns, kv.stride(0),
+        pool.entries.stride(0), half, half - rows.turns.shape[1], rows.eps, RATIO=pool.ratio, OVERLAPS=overlaps,
+        TOKENS=ring if overlaps else min(ring, TOKENS), PAIRS=triton.next_power_of_2(half), num_warps=4,
+    )  # fmt: skip
+
+
+def list_keys(positions: Tensor, keys: Tensor, *, window: int, ratio: int, chosen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Compute `op.list_keys`."""
+    numbers, number = (positions, positions) if chosen is None else chosen
+    most = window + ((keys.shape[1] - FRONT - window) if chosen is None else numbers.shape[1])
+    rows = torch.empty(len(keys), most, device=keys.device, dtype=torch.int32)
+    count = torch.empty(len(keys), device=keys.device, dtype=torch.int32)
+    far = ratio or 1 << 40  # without entries: none is ever complete
+    kernel_attention.list_keys[(len(keys), triton.cdiv(most, LIST))](
+        positions, numbers, number, rows, count, FRONT, window, far, keys.shape[1], most, numbers.shape[-1], CHOSEN=chosen is not None,
+        BLOCK=LIST, num_warps=2,
+    )  # fmt: skip
+    return rows, count
+
+
+def choose(logits: Tensor, draws: Tensor, temperature: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+    """Compute `op.choose`."""
+    words = logits.shape[1]
+    tile = WORDS | {"BLOCK": min(WORDS["BLOCK"], triton.next_power_of_2(words))}
+    kernel_tokens.choose[(len(logits),)](logits, draws, temperature, tokens, logprobs, words, **tile)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 256))

@@ -1,0 +1,89 @@
+"""A model's weights as a static decoding step reads them: in place, but for matrices that are read side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention
+from model.block import Block
+from model.transformer import Transformer
+
+
+@dataclass
+class LayerWeights:
+    """One layer's weights.
+
+    Attributes:
+        block: the layer; what is not listed here is read from its parameters.
+        parts: outputs of each projection of the attention's input, by name, as they stand in `inputs` [sum, D].
+        shared: [2F, D], the shared expert's w1 and w3.
+        matrices: w1, w2, w3 of the routed experts as the products take them.
+    """
+
+    block: Block
+    parts: dict[str, int]
+    inputs: Tensor
+    shared: Tensor
+    matrices: tuple[Tensor, Tensor, Tensor]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Where each copied parameter goes, and the parameter."""
+
+
+class StaticWeights:
+    """A model's weights at fixed addresses; after every change of the parameters `refresh` brings the copies up to date."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self.layers = [_layer(block) for block in model.layers]  # type: ignore[arg-type]
+        self._addresses = self._now()
+        self.refresh()
+
+    def has_moved(self) -> bool:
+        """Tell whether a parameter or buffer is no longer where it was."""
+        return self._now() != self._addresses
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy what is kept as a copy."""
+        for layer in self.layers:
+            for into, parameter in layer.copies:
+                into.copy_(parameter)
+            experts = layer.block.ffn.experts
+            if experts.fp4:
+                for into, matrix in zip(layer.matrices, experts.matrices(), strict=True):
+                    into.copy_(matrix)
+
+    def _now(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
+
+
+def _layer(block: Block) -> LayerWeights:
+    inputs = _inputs(block.attn)
+    shared, experts = block.ffn.shared_experts, block.ffn.experts
+    own = (experts.w1, experts.w2, experts.w3)
+    joint, parts = _joint(list(inputs.values()))
+    both, halves = _joint([shared.w1.weight, shared.w3.weight])
+    matrices = (torch.empty_like(own[0]), torch.empty_like(own[1]), torch.empty_like(own[2])) if experts.fp4 else own
+    layer = LayerWeights(block, {name: len(weight) for name, weight in inputs.items()}, joint, both, matrices)
+    layer.copies += [*parts, *halves]
+    return layer
+
+
+def _inputs(own: Attention) -> dict[str, Tensor]:
+    """Name the matrices that read the attention's input."""
+    found: dict[str, nn.Module] = {"latent": own.wq_a, "window": own.wkv}
+    if own.compressor is not None:
+        found |= {"kv": own.compressor.wkv, "gate": own.compressor.wgate}
+    if own.indexer is not None:
+        found |= {"index_kv": own.indexer.compressor.wkv, "index_gate": own.indexer.compressor.wgate}
+        found["index_weights"] = own.indexer.weights_proj
+    return {name: module.weight for name, module in found.items()}  # type: ignore[misc]
+
+
+def _joint(matrices: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Make room for matrices [n_i, D] one below the other, and say which part is whose."""
+    room = matrices[0].new_empty(sum(map(len, matrices)), matrices[0].shape[1])
+    return room, list(zip(room.split([len(m) for m in matrices]), matrices, strict=True))

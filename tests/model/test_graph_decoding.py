@@ -1,0 +1,191 @@
+"""The static decoding step computes what `Transformer.decode` computes, and the decoder around it keeps count of its rows."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model.cache import Cache
+from model.config import ModelConfig
+from model.graph_decoding import GraphDecoder, is_captured
+from model.static_step import StaticStep
+from model.transformer import Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=32, qk_rope_head_dim=8, q_lora_rank=24,
+    o_groups=2, o_lora_rank=20, sliding_window=16, compress_ratios=[0, 4, 128, 4, 0], index_n_heads=5, index_head_dim=16, index_topk=6,
+    n_routed_experts=7, num_experts_per_tok=3, moe_intermediate_size=28, num_hash_layers=1, initializer_range=0.2,
+)  # fmt: skip
+PROMPTS = [200, 3, 1, 100, 20, 127]
+
+
+def _model(config: ModelConfig = CONFIG, seed: int = 3) -> Transformer:
+    """A model with lively weights: everything that initialises to a constant is drawn at random."""
+    torch.manual_seed(seed)
+    model = Transformer(config).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.fill_(1.0)
+        elif parameter.ndim == 1 or name.endswith("ape"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            buffer.normal_(0, 0.3)
+    return model
+
+
+def _filled(model: Transformer, prompts: list[int], *, capacity: int) -> Cache:
+    torch.manual_seed(len(prompts))
+    weight = model.embed.weight
+    cache = Cache(model.config, rows=len(prompts), capacity=capacity, device=weight.device, dtype=weight.dtype)
+    tokens = torch.randint(model.config.vocab_size, (sum(prompts),), device=weight.device)
+    model.prefill(tokens, torch.tensor([0, *prompts], device=weight.device).cumsum(0), cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"index_topk": 64},
+        {"num_hidden_layers": 1, "compress_ratios": [0, 0], "num_hash_layers": 0},
+        {"num_hidden_layers": 1, "compress_ratios": [128, 0], "num_hash_layers": 1},
+        {"hc_mult": 2, "num_experts_per_tok": 1, "norm_topk_prob": False, "swiglu_limit": 0.5},
+        {"num_experts_per_tok": 7},
+    ],
+    ids=["all kinds", "all entries", "window", "hca", "two streams, one expert, clamped", "every expert"],
+)
+def test_logits_equal_those_of_decode_to_the_edge_of_the_cache(changes: dict) -> None:
+    model = _model(replace(CONFIG, **changes))
+    cache = _filled(model, PROMPTS, capacity=340)
+    step = StaticStep(model, rows=9, capacity=340)
+    for tensor in (layer.keys for layer in step.cache.layers):
+        tensor.fill_(float("nan"))  # what no row has written is never read
+    step.load(cache, torch.arange(6))
+    for _ in range(140):
+        tokens = torch.randint(97, (6,))
+        step.forced[:6] = tokens.int()
+        step.run(6)
+        expected = model.head(model.decode(tokens, cache))
+        torch.testing.assert_close(step.logits[:6], expected, atol=2e-5 * max(1.0, float(expected.abs().max())), rtol=0)
+    assert torch.equal(step.cache.positions[:6], cache.positions)
+
+
+def test_a_row_that_is_not_dropped_in_time_stays_within_its_memory() -> None:
+    model = _model()
+    step = StaticStep(model, rows=2, capacity=128)
+    step.load(_filled(model, [126, 5], capacity=128), torch.arange(2))
+    beyond = [layer.keys[1].clone() for layer in step.cache.layers]
+    for _ in range(5):
+        step.run(1)
+    assert step.cache.positions.tolist() == [127, 5]
+    assert all(torch.equal(layer.keys[1], before) for layer, before in zip(step.cache.layers, beyond))
+
+
+def test_quantised_experts_decode_as_they_train() -> None:
+    model = _model(replace(CONFIG, hidden_size=64, moe_intermediate_size=32))
+    model.quantize(experts=True)
+    cache, step = _filled(model, [30, 5], capacity=40), StaticStep(model, rows=2, capacity=40)
+    step.load(cache, torch.arange(2))
+    step.run(2)
+    torch.testing.assert_close(step.logits, model.head(model.decode(torch.zeros(2, dtype=torch.int64), cache)), atol=1e-4, rtol=0)
+
+
+def _alone(model: Transformer, prompt: int, forced: list[int], draws: list[float], temperature: float) -> list[int]:
+    """Choose one row's tokens from `Transformer.decode`, -1 feeding the chosen one."""
+    cache, tokens, chosen = _filled(model, [prompt], capacity=200), [], 0
+    for token, draw in zip(forced, draws, strict=True):
+        logits = model.head(model.decode(torch.tensor([chosen if token < 0 else token]), cache))[0]
+        p = torch.softmax((logits if temperature == 0 else logits / temperature).double(), -1)
+        chosen = int(p.argmax() if temperature == 0 else torch.searchsorted(p.cumsum(0), draw, right=True))
+        tokens.append(chosen)
+    return tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_rows_leave_while_a_step_is_running(temperature: float) -> None:
+    model = _model()
+    decoder = GraphDecoder(model)
+    rng = np.random.default_rng(1)
+    forced = np.where(rng.random((30, 1)) < 0.3, rng.integers(0, 97, (30, 1)), -1).repeat(40, 1).astype(np.int32)
+    forced[0] = 3
+    draws = rng.random((30, 1), dtype=np.float32).repeat(40, 1)
+    cache = _filled(model, [11], capacity=200)
+    decoder.start(cache, torch.zeros(40, dtype=torch.int64), temperature=temperature)
+    expected = _alone(model, 11, forced[:, 0].tolist(), draws[:, 0].tolist(), temperature)
+    alive = 40
+    decoder.launch(forced[0], draws[0])
+    for number in range(30):
+        if number < 29:
+            decoder.launch(forced[number + 1, :alive], draws[number + 1, :alive])
+        tokens, logprobs = decoder.collect()
+        assert tokens.tolist() == [expected[number]] * alive
+        assert np.isfinite(logprobs).all() and (logprobs <= 0).all()
+        if number in (7, 20):
+            index = np.arange(alive)[:: 2 if number == 7 else 3]
+            assert decoder.shrinks(len(index))
+            decoder.keep(index)
+            alive = len(index)
+
+
+def test_new_weights_are_read_and_moved_ones_noticed() -> None:
+    model = _model()
+
+    def logits() -> torch.Tensor:
+        decoder.start(_filled(model, [9, 4], capacity=20), torch.arange(2), temperature=1.0)
+        decoder.launch(np.array([3, 5], np.int32), np.zeros(2, np.float32))
+        decoder.collect()
+        assert decoder._step is not None
+        return decoder._step.logits[:2].clone()
+
+    def direct() -> torch.Tensor:
+        return model.head(model.decode(torch.tensor([3, 5]), _filled(model, [9, 4], capacity=20)))
+
+    decoder = GraphDecoder(model)
+    torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
+    for parameter in model.parameters():
+        parameter.mul_(1.1)  # in place, as an optimizer does
+    torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
+    step = decoder._step
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9
+    torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
+    assert decoder._step is not step
+
+
+def test_graphs_are_for_gpus() -> None:
+    assert not is_captured(_model())
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@gpu
+def test_graphs_give_what_the_model_in_fp32_gives() -> None:
+    wide = replace(CONFIG, hidden_size=256, head_dim=64, qk_rope_head_dim=32, q_lora_rank=128, o_lora_rank=64, moe_intermediate_size=128,
+                   n_routed_experts=8, index_n_heads=16, index_head_dim=64, num_attention_heads=16, initializer_range=0.05)  # fmt: skip
+    model = _model(wide).cuda()
+    half = copy.deepcopy(model).bfloat16()
+    assert is_captured(half)
+    cache, exact = _filled(half, PROMPTS, capacity=340), _filled(model, PROMPTS, capacity=340)
+    eager = cache.select(torch.arange(6, device="cuda"))
+    decoder = GraphDecoder(half)
+    decoder.start(cache, torch.arange(6, device="cuda"), temperature=1.0)
+    errors: dict[str, list[float]] = {"graph": [], "eager": []}
+    for _ in range(140):
+        tokens = torch.randint(97, (6,), device="cuda")
+        decoder.launch(tokens.cpu().numpy().astype(np.int32), np.full(6, 0.5, np.float32))
+        chosen, logprobs = decoder.collect()
+        assert decoder._step is not None
+        right, plain = model.head(model.decode(tokens, exact)), half.head(half.decode(tokens, eager))
+        mine = decoder._step.logits[:6]
+        errors["graph"].append(float((mine - right).norm() / right.norm()))
+        errors["eager"].append(float((plain - right).norm() / right.norm()))
+        stated = torch.log_softmax(mine, -1).gather(1, torch.from_numpy(chosen).cuda().long()[:, None])[:, 0]
+        torch.testing.assert_close(torch.from_numpy(logprobs).cuda(), stated, atol=1e-4, rtol=0)
+    assert np.mean(errors["graph"]) <= 1.2 * np.mean(errors["eager"]) < 0.1

@@ -1,0 +1,80 @@
+"""Looking at results a step late changes nothing: samples, log-probs and turns are those of decoding step by step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from domains.config import SandboxConfig
+from domains.types import Prompt
+from model.config import ModelConfig
+from model.transformer import Transformer
+from runtime.config import SamplingConfig
+from runtime.generation import engine
+from runtime.generation.engine import Generator
+from runtime.generation.rows import Row
+
+EOS = 5
+CONFIG = ModelConfig(
+    vocab_size=6, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2,
+    o_lora_rank=8, sliding_window=8, compress_ratios=[0, 4, 128, 0], index_n_heads=4, index_head_dim=16, index_topk=3, n_routed_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1, initializer_range=0.4,
+)  # fmt: skip
+
+
+class Echo:
+    """Turns that are answered with as many tokens as the row has had turns, up to three times."""
+
+    def __init__(self, tokenizer: object, domain: object, environment: object, sampling: SamplingConfig, limit: int) -> None:
+        self.tokenizer, self.sampling, self.limit, self.ended = tokenizer, sampling, limit, list[list[str]]()
+        LOG.append(self)
+
+    def end(self, rows: list[Row]) -> None:
+        self.ended.append([row.prompt.id for row in rows])
+        for row in rows:
+            row.turns += 1
+            row.done = row.truncated or row.turns > self.sampling.max_turns - 1 or len(row.sampled) >= self.sampling.max_new_tokens
+            if not row.done:
+                row.given.extend([row.turns] * (1 + 7 * row.turns))
+
+
+LOG: list[Echo] = []
+
+
+@pytest.fixture
+def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
+    torch.manual_seed(2)
+    monkeypatch.setattr(engine, "Turns", Echo)
+    tokenizer = SimpleNamespace(eos=EOS, encode=lambda text: [ord(c) % 5 for c in text])
+    monkeypatch.setattr(engine, "prompt_tokens", lambda tokenizer, messages, mode: tokenizer.encode(messages[0]["content"]))
+    made = Generator(Transformer(CONFIG).eval(), tokenizer, {}, SandboxConfig())  # type: ignore[arg-type]
+    made._domains["math"], made._environments["math"] = SimpleNamespace(thinking_mode="chat"), None  # type: ignore[assignment]
+    return made
+
+
+def _samples(generator: Generator, sampling: SamplingConfig, *, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    monkeypatch.setattr(engine, "is_captured", lambda model: ahead)
+    prompts = [Prompt(f"p{i}", "math", [{"role": "user", "content": "abcde"[: 1 + i % 5] * (1 + i)}], {}) for i in range(9)]
+    out = generator.generate(prompts, list(range(9)), sampling, samples=3)
+    return [(s.tokens, s.sampled, s.truncated, s.logprobs) for s in out]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("tokens", "turns", "rows"), [(40, 1, 64), (60, 4, 64), (1, 2, 64), (25, 3, 9), (200, 4, 64)], ids=str)
+def test_samples_are_those_of_decoding_step_by_step(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, temperature: float, tokens: int, turns: int, rows: int
+) -> None:
+    sampling = SamplingConfig(max_new_tokens=tokens, max_turns=turns, rows=rows, temperature=temperature)
+    LOG.clear()
+    expected = _samples(generator, sampling, ahead=False, monkeypatch=monkeypatch)
+    late = [log.ended for log in LOG]
+    LOG.clear()
+    got = _samples(generator, sampling, ahead=True, monkeypatch=monkeypatch)
+    assert [log.ended for log in LOG] == late
+    assert [sample[:3] for sample in got] == [sample[:3] for sample in expected]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine[3] == pytest.approx(theirs[3], abs=1e-4)
+    if turns > 1 and tokens > 1:
+        assert any(not all(sample[1][len(sample[1]) - sum(sample[1]) :]) for sample in got)  # something was given in between
