@@ -47,8 +47,9 @@ CASES = (
     Case("HCA causal", 8192, ratio=128, forward_ms=0.9, backward_ms=2.5),
     Case("window only", 8192, forward_ms=0.9, backward_ms=2.5),
     Case("CSA causal", 32768, listed=512, ratio=4, backward_ms=40.0),
+    Case("CSA full-K 512", 32768, listed=512, ratio=4, full=True, backward_ms=40.0),
 )
-LONG = (Case("CSA causal", 65536, listed=512, ratio=4),)
+LONG = (Case("CSA causal", 65536, listed=512, ratio=4), Case("HCA causal", 65536, ratio=128))
 
 
 def median_ms(run: Callable[[], object], *, repeats: int = 10) -> float:

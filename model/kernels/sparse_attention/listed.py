@@ -6,9 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernels.sparse_attention import kernel_hopper_forward, kernel_listed
+from model.kernels.sparse_attention import kernel_hopper_forward, kernel_latents, kernel_listed
 from model.kernels.sparse_attention.kernel_forward import LOG2E
 from model.kernels.sparse_attention.launch import GATHERED, PROCESSORS, on_hopper
+from model.kernels.static_decode.rows import Rows
+from model.norm import RMSNorm
 
 LEAST = 64
 """Rows of a list that are worth a program of their own."""
@@ -58,6 +60,22 @@ def attend_latents(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, *, valu
     Source: V3.2 report section 2.1, MQA mode.
     """
     return _attend(q, keys, rows, count, values=values, sink=None, scale=1.0)
+
+
+def put_latent(x: Tensor, norm: RMSNorm, keys: Tensor, rows: Rows, *, front: int) -> None:
+    """Normalise the latent of one key a row, rotate its other channels, and put it in its place.
+
+    Args:
+        x: [B, K] projections, latent first, rows any distance apart.
+        norm: of the latent.
+        keys: [B, columns, K], written `front` columns after each row's position.
+        rows: positions and rotations.
+        front: columns before the first token's.
+    """
+    kernel_latents.put_latent[(len(x),)](
+        x, norm.weight, keys, rows.positions, rows.turns, x.stride(0), keys.stride(0), front, norm.eps, VALUES=len(norm.weight),
+        PAIRS=rows.turns.shape[1], num_warps=4,
+    )  # fmt: skip
 
 
 def _parts(q: Tensor, rows: Tensor) -> int:

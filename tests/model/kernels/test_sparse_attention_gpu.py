@@ -116,6 +116,22 @@ def test_owned_gradients_do_not_change_from_run_to_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "scattered"])
+@pytest.mark.parametrize("name", ["selected", "heavy", "window"])
+def test_stretches_of_queries_give_the_same_gradients(name: str, owned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("model.kernels.sparse_attention.launch")
+    backward = pytest.importorskip("model.kernels.sparse_attention.fused_backward")
+    op = pytest.importorskip("model.kernels.sparse_attention.op").sparse_attention
+    torch.use_deterministic_algorithms(owned, warn_only=True)
+    monkeypatch.setattr(launch, "DENSE", launch.DENSE if owned else 0)
+    lengths, ratio, sizes = CASES[name]
+    drawn = draw(lengths, ratio, **sizes)
+    whole = evaluate(op, drawn, torch.bfloat16)
+    monkeypatch.setattr(backward, "STORED", 1 << 22)
+    for got, expected in zip(evaluate(op, drawn, torch.bfloat16), whole, strict=True):
+        assert error(got, expected) < 4e-3
+
+
 def test_queries_beyond_two_billion_numbers() -> None:
     op = pytest.importorskip("model.kernels.sparse_attention.op").sparse_attention
     torch.use_deterministic_algorithms(False)
