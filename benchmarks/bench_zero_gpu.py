@@ -3,10 +3,10 @@
 Every run starts from the same weights and trains on the same rows: `STEPS` steps of 2 rows, then timed steps of 2 and of 4 rows, then a few
 greedy answers, for which ZeRO 3 gathers the weights. How far rounding alone parts two curves is told by a second run on one GPU whose rows
 hold the same samples in another order. Each rank is a process of its own that sees one GPU, as under Ray; ranks meet over NCCL. All
-processes load their libraries at once, and come up while the first run compiles its kernels; what is timed is timed alone.
+processes come up at once; then the runs take turns.
 
     python benchmarks/bench_zero_gpu.py [--stages 1 3 2]
-    python benchmarks/bench_zero_gpu.py --tiny    the tiny model on a CPU over gloo, to check the program
+    python benchmarks/bench_zero_gpu.py --tiny    the tiny model on a CPU over gloo, in bf16 too, to check the program
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Outcome:
         name: of the run.
         losses: mean loss of each of the first steps, nats a token.
         seconds: of a timed step, by its number of rows.
+        row_tokens: of a row.
         peak_gib: most memory that a rank allocated.
         answers: token ids of the greedy samples after the last step.
     """
@@ -73,6 +74,7 @@ class Outcome:
     name: str
     losses: list[float]
     seconds: dict[int, float]
+    row_tokens: int
     peak_gib: float
     answers: list[list[int]]
 
@@ -93,21 +95,16 @@ def rows_of(task: Task, count: int, *, step: int) -> list[Any]:
 
 
 def run_rank(task: Task) -> None:
-    """Be one rank: load the libraries, then obey `start`, `time` and `sample` from standard input, answering each with a line of JSON."""
+    """Be one rank: come up, then obey `curve`, `time` and `sample` from standard input, answering each with a line of JSON."""
     os.environ["DS_ACCELERATOR"] = "cuda" if task.gpu else "cpu"  # read by deepspeed on import
     if task.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = task.gpu
     import torch
 
-    from runtime.engine import Engine  # noqa: F401, its imports are the slow part
-
-    engine: Any = None
-    say({"ready": True})
+    engine = start(task)
+    say({"up": True})
     for line in sys.stdin:
         match line.strip():
-            case "start":
-                engine = start(task)
-                say({"started": True})
             case "curve":
                 say({"losses": [step_on(engine, task, 2, step=i) for i in range(STEPS)]})
             case "time":
@@ -129,12 +126,14 @@ def start(task: Task) -> Any:
     from runtime.spec import EngineSpec
     from runtime.step import DomainSetup
 
-    # ZeRO 3 here as in conf/engine/zero3.yaml: gloo has no reduce-scatter.
-    zero = {"stage": task.stage} | ({"reduce_scatter": False} if task.stage == 3 and not task.gpu else {})
+    zero: dict[str, Any] = {"stage": task.stage}
+    if not task.gpu and task.stage == 3:
+        # Gloo has no reduce-scatter; and parameters as small as the tiny model's would never be cut up, which is what there is to check.
+        zero |= {"reduce_scatter": False, "stage3_param_persistence_threshold": 0}
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=16)
     spec = EngineSpec(
         model=task.model, optimizer=OptimizerConfig(lr=LEARNING_RATE), threads=4 if task.gpu else 1, ranks=task.ranks,
-        deepspeed={"zero_optimization": zero, "bf16": {"enabled": bool(task.gpu)}}, rendezvous=task.rendezvous,
+        deepspeed={"zero_optimization": zero, "bf16": {"enabled": True}}, rendezvous=task.rendezvous,
         domains={"math": DomainSetup(name="math", domain=DomainConfig(kind="math"), sampling=sampling)},
     )  # fmt: skip
     return Engine(spec, task.rank)
@@ -187,7 +186,7 @@ class Run:
     """The processes of one run, and what they say."""
 
     def __init__(self, name: str, tasks: Sequence[Task]) -> None:
-        self.name = name
+        self.name, self.row_tokens = name, tasks[0].row_tokens
         path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         self.said: list[list[str]] = [[] for _ in tasks]
         self.processes = [
@@ -228,7 +227,8 @@ class Run:
         return answers
 
     def outcome(self) -> Outcome:
-        """Let the ranks, which are training, come to the end of the curve, be timed and sample."""
+        """Let the ranks train, be timed and sample."""
+        self.tell("curve")
         losses = [sum(shares) for shares in zip(*(answer["losses"] for answer in self.hear()), strict=True)]
         self.tell("time")
         timed = [answer["seconds"] for answer in self.hear()]
@@ -238,6 +238,7 @@ class Run:
             name=self.name,
             losses=losses,
             seconds={int(rows): max(part[rows] for part in timed) for rows in timed[0]},
+            row_tokens=self.row_tokens,
             peak_gib=max(answer["peak_gib"] for answer in last),
             answers=[tokens for answer in last for tokens in answer["answers"]],
         )
@@ -267,15 +268,8 @@ def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
         try:
             for each in runs:
                 each.hear()
+            print(f"every rank is up after {time.perf_counter() - began:.0f} s", flush=True)
             for each in runs:
-                each.tell("start")
-                each.hear()
-                print(f"{each.name} is up after {time.perf_counter() - began:.0f} s", flush=True)
-                if each is runs[0]:
-                    each.tell("curve")
-            for each in runs:
-                if each is not runs[0]:
-                    each.tell("curve")
                 outcomes.append(each.outcome())
                 print(line_of(outcomes[-1], outcomes[0]), flush=True)
         finally:
@@ -304,7 +298,7 @@ def distance(outcome: Outcome, one: Outcome) -> float:
 def line_of(outcome: Outcome, one: Outcome) -> str:
     """Lay out one run beside the one rank's."""
     apart = distance(outcome, one)
-    speed = "".join(f"{s:9.3f}{one.seconds[rows] / s:7.2f}x" for rows, s in outcome.seconds.items())
+    speed = "".join(f"{s:9.3f}{rows * outcome.row_tokens / s:10.0f}{one.seconds[rows] / s:7.2f}x" for rows, s in outcome.seconds.items())
     same = sum(a == b for a, b in zip(outcome.answers, one.answers, strict=True))
     return (
         f"{outcome.name:20}{outcome.losses[0]:9.4f}{outcome.losses[-1]:9.4f}{apart:11.5f}{speed}"
@@ -323,8 +317,9 @@ def main() -> None:
         return run_rank(Task(**json.loads(arguments.task)))
     began = time.perf_counter()
     outcomes = compare(arguments.stages, tiny=arguments.tiny)
-    print(f"\nall in {time.perf_counter() - began:.0f} s; rows of {512 if arguments.tiny else 16384} tokens; losses in nats a token")
-    print(f"{'':20}    first     last  max diff. 2 rows s   speed 4 rows s   speed peak GiB same answers")
+    print(f"\nall in {time.perf_counter() - began:.0f} s; rows of {outcomes[0].row_tokens} tokens; losses in nats a token")
+    steps = "".join(f"{f'{rows} rows s':>9}{'tokens/s':>10}{'':8}" for rows in outcomes[0].seconds)
+    print(f"{'':20}{'first':>9}{'last':>9}{'max diff.':>11}{steps}{'peak GiB':>9} same answers")
     print("\n".join(line_of(outcome, outcomes[0]) for outcome in outcomes))
     for outcome in outcomes:
         print(f"{outcome.name:20}" + "".join(f"{loss:9.4f}" for loss in outcome.losses))
