@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from model.kernels.router.rule import Rule
 from model.layout import PackedRow
 from model.linear import linear, stacked_linear
 from model.quant.qat import fake_quantize_mxfp4
+
+if TYPE_CHECKING:
+    from model.kernels.router.fused import Routing
 
 _HASH_SEED = 20260424
 """Seed of the hash tables of a model trained from scratch; ours, the release's recipe is unpublished."""
@@ -55,7 +59,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [T, D] tokens: experts [T, A] int64, weights [T, A] fp32, scores [T, E] fp32."""
         if implementation_for(x) == "triton":
-            return self._routed(x, tokens)
+            return self.route(x, tokens)[:3]
         scores = self.score(x.float() @ self.weight.float().T)
         if self.tid2eid is not None:
             indices = self.tid2eid[tokens]
@@ -69,7 +73,8 @@ class Gate(nn.Module):
             self.load += torch.bincount(indices.flatten(), minlength=len(self.load))
         return indices, weights * self.scaling, scores
 
-    def _routed(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def route(self, x: Tensor, tokens: Tensor) -> Routing:
+        """Do the same with Triton, and hand the tokens through."""
         from model.kernels.router import fused  # brings Triton, which a CPU does without
 
         indices = None if self.tid2eid is None else self.tid2eid[tokens]
@@ -80,7 +85,7 @@ class Gate(nn.Module):
         routing = fused.route(x, self.weight, self.rule, bias=self.bias, indices=indices)
         if self.training and torch.is_grad_enabled():
             self.load += routing.counts.sum(0)
-        return routing[:3]
+        return routing
 
     def _within_groups(self, scores: Tensor) -> Tensor:
         """Put -inf outside the `kept_groups` groups whose two best experts have the highest sum; [T, E] to [T, E]."""
@@ -143,9 +148,9 @@ class Experts(nn.Module):
             return self.w1, self.w2, self.w3
         return fake_quantize_mxfp4(self.w1), fake_quantize_mxfp4(self.w2), fake_quantize_mxfp4(self.w3)
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Sum the chosen experts of [T, D] tokens."""
-        return routed_experts(x, indices, weights, self.matrices(), limit=self.limit)
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, *, beside: Tensor | None = None) -> Tensor:
+        """Sum the chosen experts of [T, D] tokens, and `beside` [T, D]."""
+        return routed_experts(x, indices, weights, self.matrices(), limit=self.limit, beside=beside)
 
 
 class MLP(nn.Module):
@@ -161,10 +166,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
         if implementation_for(x) == "triton":
-            from model.kernels.experts import gated  # brings Triton, which a CPU does without
-
-            return self.w2(gated.swiglu(stacked_linear(x, self.w1, self.w3), self.limit))
+            return self.through(x)[0]
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
+
+    def through(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same with Triton, and hand `x` through as `stacked_linear` does."""
+        from model.kernels.experts import gated  # brings Triton, which a CPU does without
+
+        both, x = stacked_linear(x, self.w1, self.w3)
+        return self.w2(gated.swiglu(both, self.limit)), x
 
 
 class MoE(nn.Module):
@@ -179,8 +189,13 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, row: PackedRow | None) -> tuple[Tensor, Tensor | None]:
         """Map [T, D] tokens; the balance loss is computed where a packed row is given (not in decoding)."""
-        indices, weights, scores = self.gate(x, tokens)
-        out = self.experts(x, indices, weights) + self.shared_experts(x)
+        if implementation_for(x) == "triton":  # each hands x to the next, so that its gradient is never summed in a pass of its own
+            indices, weights, scores, _, x = self.gate.route(x, tokens)
+            shared, x = self.shared_experts.through(x)
+            out = self.experts(x, indices, weights, beside=shared)
+        else:
+            indices, weights, scores = self.gate(x, tokens)
+            out = self.experts(x, indices, weights) + self.shared_experts(x)
         return out, None if row is None else self.gate.balance_loss(indices, scores, row)
 
 

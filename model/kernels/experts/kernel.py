@@ -17,12 +17,25 @@ def spread_rows(x, order, out, active, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(first, second, slots, out, active, width, BOTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out_t = sum_a first_(slots_ta) (+ second_(slots_ta)) in fp32, one program a block of a token."""
+def spread_tokens(x, slots, out, active, width, BLOCK: tl.constexpr):
+    """out_(slots_ta) = x_t for every choice a, one program a block of a token, which is read once."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    row = tl.load(x + token * width + columns, inside)
+    for choice in range(active):
+        tl.store(out + tl.load(slots + token * active + choice) * width + columns, row, inside)
+
+
+@triton.jit
+def sum_rows(first, second, slots, out, active, width, BOTH: tl.constexpr, BLOCK: tl.constexpr, beside=None):
+    """out_t = sum_a first_(slots_ta) (+ second_(slots_ta)) (+ beside_t) in fp32, one program a block of a token."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     total = tl.zeros([BLOCK], tl.float32)
+    if beside is not None:
+        total += tl.load(beside + token * width + columns, inside, 0.0).to(tl.float32)
     for choice in range(active):
         place = tl.load(slots + token * active + choice) * width + columns
         total += tl.load(first + place, inside, 0.0).to(tl.float32)
@@ -45,34 +58,42 @@ def gate_rows(gate, up, share, order, out, width, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, width, limit, BLOCK: tl.constexpr):
-    """Gradients of `gate_rows`, and its result again; one program a row, BLOCK covers the width. dshare has the order of `share`."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    place = row * width + columns
-    d = tl.load(grad + place, inside, 0.0).to(tl.float32)
-    g_raw = tl.load(gate + place, inside, 0.0).to(tl.float32)
-    u_raw = tl.load(up + place, inside, 0.0).to(tl.float32)
-    number = tl.load(order + row)
-    weight = tl.load(share + number).to(tl.float32)
-    g, u = tl.minimum(g_raw, limit), tl.minimum(tl.maximum(u_raw, -limit), limit)
-    s = tl.sigmoid(g)
-    hidden = g * s * u
-    tl.store(out + place, (weight * hidden).to(out.dtype.element_ty), inside)
-    tl.store(dshare + number, tl.sum(d * hidden, 0))
-    d *= weight
-    dg = tl.where(g_raw < limit, d * u * s * (1 + g * (1 - s)), 0.0)
-    du = tl.where(tl.abs(u_raw) < limit, d * g * s, 0.0)
-    tl.store(dgate + place, dg.to(dgate.dtype.element_ty), inside)
-    tl.store(dup + place, du.to(dup.dtype.element_ty), inside)
-
-
-@triton.jit
 def _activation(gate, up, limit):
     """Return both branches clamped, and the sigmoid of the first."""
     g, u = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
     return g, u, tl.sigmoid(g)
+
+
+@triton.jit
+def _activation_backward(d, gate, up, limit):
+    """Return the gradients of both branches, and the activation itself."""
+    g, u, s = _activation(gate, up, limit)
+    dg = tl.where(gate < limit, d * u * s * (1 + g * (1 - s)), 0.0)
+    du = tl.where(tl.abs(up) < limit, d * g * s, 0.0)
+    return dg, du, g * s * u
+
+
+@triton.jit
+def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, count, width, limit, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr):  # fmt: skip
+    """Gradients of `gate_rows`, and its result again; one program some whole rows. dshare has the order of `share`."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    seen = rows < count
+    number = tl.load(order + rows, seen, 0)
+    weight = tl.load(share + number, seen, 0.0).to(tl.float32)[:, None]
+    along = tl.zeros([ROWS], tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = seen[:, None] & (columns < width)
+        place = rows.to(tl.int64)[:, None] * width + columns
+        d = tl.load(grad + place, mask, 0.0).to(tl.float32)
+        g, u = tl.load(gate + place, mask, 0.0).to(tl.float32), tl.load(up + place, mask, 0.0).to(tl.float32)
+        dg, du, hidden = _activation_backward(d * weight, g, u, limit)
+        along += tl.sum(d * hidden, 1)
+        tl.store(out + place, (weight * hidden).to(out.dtype.element_ty), mask)
+        tl.store(dgate + place, dg.to(dgate.dtype.element_ty), mask)
+        tl.store(dup + place, du.to(dup.dtype.element_ty), mask)
+    tl.store(dshare + number, along, seen)
 
 
 @triton.jit
@@ -95,8 +116,6 @@ def gate_pairs_backward(grad, both, dboth, count, width, limit, ROWS: tl.constex
     place = lines * (2 * width) + columns[None, :]
     d = tl.load(grad + lines * width + columns[None, :], mask, 0.0).to(tl.float32)
     gate, up = tl.load(both + place, mask, 0.0).to(tl.float32), tl.load(both + place + width, mask, 0.0).to(tl.float32)
-    g, u, s = _activation(gate, up, limit)
-    dg = tl.where(gate < limit, d * u * s * (1 + g * (1 - s)), 0.0)
-    du = tl.where(tl.abs(up) < limit, d * g * s, 0.0)
+    dg, du, _ = _activation_backward(d, gate, up, limit)
     tl.store(dboth + place, dg.to(dboth.dtype.element_ty), mask)
     tl.store(dboth + place + width, du.to(dboth.dtype.element_ty), mask)

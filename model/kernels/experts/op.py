@@ -17,7 +17,9 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return _Swiglu.apply(gate, up, limit) if torch.is_grad_enabled() else _activation(gate, up, limit)
 
 
-def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, limit: float) -> Tensor:
+def routed_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, limit: float, beside: Tensor | None = None
+) -> Tensor:
     """Sum each token's chosen experts, sum_a W2_e (w_a silu(min(W1_e x, l)) * clamp(W3_e x, -l, l)).
 
     Args:
@@ -26,6 +28,7 @@ def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[
         weights: [T, A] fp32.
         matrices: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D].
         limit: clamp of the two branches.
+        beside: [T, D] added to the result.
 
     Returns:
         [T, D] in the dtype of `x`, summed in fp32.
@@ -35,10 +38,12 @@ def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, matrices: tuple[
     if implementation_for(x) == "triton":
         from model.kernels.experts import fused  # brings Triton, which a CPU does without
 
-        return fused.RoutedExperts.apply(x, indices, weights, *matrices, limit)
+        return fused.RoutedExperts.apply(x, indices, weights, *matrices, limit, beside)
     if not torch.is_grad_enabled() and indices.numel() <= FEW:
-        return _padded(x, indices, weights, matrices, limit)
-    return _Experts.apply(x, indices, weights, *matrices, limit)
+        out = _padded(x, indices, weights, matrices, limit)
+    else:
+        out = _Experts.apply(x, indices, weights, *matrices, limit)
+    return out if beside is None else out + beside
 
 
 FEW = 1024

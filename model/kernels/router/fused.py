@@ -26,12 +26,14 @@ class Routing(NamedTuple):
         weights: [T, A] fp32.
         scores: [T, E] fp32.
         counts: [programs, E] fp32, parts of the tokens that each expert gets.
+        x: the routed tokens [T, D] for who reads them after this; their gradient is then summed in the router's product.
     """
 
     indices: Tensor
     weights: Tensor
     scores: Tensor
     counts: Tensor
+    x: Tensor
 
 
 def route(x: Tensor, weight: Tensor, rule: Rule, *, bias: Tensor | None = None, indices: Tensor | None = None) -> Routing:
@@ -83,23 +85,23 @@ class _Route(torch.autograd.Function):
             "EXPERTS": experts,
             "PARTS": raw.shape[1] // experts,
             "ACTIVE": rule.active,
-            "PLACES": triton.next_power_of_2(rule.active),
             **tile,
         }
         kernel.route[(programs,)](
-            raw, scores if bias is None else bias, indices, weights, scores, counts, tokens, rule.scaling, CHOOSE=choose, **ctx.how
-        )
+            raw, scores if bias is None else bias, indices, weights, scores, counts, tokens, rule.scaling, CHOOSE=choose,
+            PLACES=triton.next_power_of_2(rule.active), **ctx.how,
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, raw, indices)
         ctx.scaling = rule.scaling
         ctx.mark_non_differentiable(counts)
         if choose:
             ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return indices, weights, scores, counts
+        return indices, weights, scores, counts, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, dweights, dscores, __):
+    def backward(ctx, _, dweights, dscores, __, through):
         x, weight, raw, indices = ctx.saved_tensors
         tokens, experts = len(x), len(weight)
         narrow = x.dtype != torch.float32
@@ -110,7 +112,8 @@ class _Route(torch.autograd.Function):
             BALANCED=dscores is not None, HALVES=narrow, **ctx.how,
         )  # fmt: skip
         matrix = weight.to(x.dtype)
-        dx = dlogits @ (torch.cat([matrix, matrix]) if narrow else matrix)
+        matrix = torch.cat([matrix, matrix]) if narrow else matrix
+        dx = dlogits @ matrix if through is None else torch.addmm(through, dlogits, matrix)
         dweight = product(dlogits.T, x).view(-1, experts, x.shape[1])
         return dx, (dweight.sum(0) if narrow else dweight[0]).to(weight.dtype), None, None, None
 

@@ -48,11 +48,10 @@ def route(raw, bias, indices, weights, scores, counts, tokens, scaling, CHOOSE: 
     for place in tl.static_range(ACTIVE):
         if CHOOSE:
             best = tl.argmax(left, 1)
+            left = tl.where(experts[None, :] == best[:, None], float("-inf"), left)
         else:
             best = tl.load(indices + rows * ACTIVE + place, seen, 0).to(tl.int32)
         here = experts[None, :] == best[:, None]
-        if CHOOSE:
-            left = tl.where(here, float("-inf"), left)
         picked += tl.where(here & seen[:, None], 1.0, 0.0)
         now = (places == place)[None, :]
         kept = tl.where(now, tl.sum(tl.where(here, score, 0.0), 1)[:, None], kept)
@@ -70,10 +69,10 @@ def route(raw, bias, indices, weights, scores, counts, tokens, scaling, CHOOSE: 
 @triton.jit
 def route_backward(raw, indices, dweights, dscores, dlogits, tokens, scaling, BALANCED: tl.constexpr, SIGMOID: tl.constexpr,
                    NORMALISE: tl.constexpr, HALVES: tl.constexpr, EXPERTS: tl.constexpr, PARTS: tl.constexpr,
-                   ACTIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+                   ACTIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gradient of the logits [T, E], through weights and (with BALANCED) scores; with HALVES as two narrow numbers, [T, 2 E]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    experts, places = tl.arange(0, BLOCK), tl.arange(0, PLACES)
+    experts = tl.arange(0, BLOCK)
     seen, inside = rows < tokens, experts < EXPERTS
     mask = seen[:, None] & inside[None, :]
     logits = _logits(raw, rows, experts, inside, seen, EXPERTS, PARTS)

@@ -31,7 +31,7 @@ def half(*shape, scale=1.0):
 
 
 def error(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    return float((got.detach().double() - want.detach().double()).norm() / want.detach().double().norm())
 
 
 def check(run, leaves, grad):
@@ -99,11 +99,11 @@ def test_compressor(lengths, ratio, shared):
     inputs = [half(tokens // 2 + tokens % 2 if shared else tokens, channels) for _ in range(2)] + [half(ratio, channels)]
     grad = torch.randn(len(entries.first), 512, device="cuda")
     results = []
-    for run in (
-        lambda *a: fused.pool(*a, entries, overlaps=overlaps, shared=shared),
-        lambda *a: reference.pool(*a, entries, overlaps=overlaps),
+    for run, dtype in (
+        (lambda *a: fused.pool(*a, entries, overlaps=overlaps, shared=shared), torch.bfloat16),
+        (lambda *a: reference.pool(*a, entries, overlaps=overlaps), torch.float64),
     ):
-        leaves = [leaf.detach().requires_grad_() for leaf in inputs]
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in inputs]
         out = run(*leaves)
         results.append((out, *torch.autograd.grad(out, leaves, grad)))
     for number, (got, want) in enumerate(zip(*results, strict=True)):

@@ -10,6 +10,7 @@ from model.kernels.experts import fused, gated, reference
 def small_tiles_and_nan_filled(monkeypatch):
     """Give rows several tiles, and fill new memory with NaN, so that an element that no kernel writes is seen."""
     monkeypatch.setattr(fused, "COPY", {"BLOCK": 8, "num_warps": 1})
+    monkeypatch.setattr(fused, "BACKWARD", {"ROWS": 4, "BLOCK": 8, "num_warps": 1})
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -23,11 +24,14 @@ def test_routed_experts(tokens, experts, active):
     matrices = tuple(torch.randn(shape, requires_grad=True) for shape in ((experts, 24, 16), (experts, 16, 24), (experts, 24, 16)))
     indices = torch.rand(tokens, experts - 1).topk(active).indices  # the last expert gets nothing
     weights = torch.rand(tokens, active, requires_grad=True)
-    grad = torch.randn(tokens, 16)
+    grad, beside = torch.randn(tokens, 16), torch.randn(tokens, 16, requires_grad=True)
     results = []
-    for run in (lambda *a: fused.RoutedExperts.apply(*a, 2.0), lambda x, i, w, *m: reference.routed_experts(x, i, w, m, limit=2.0)):
-        out = run(x, indices, weights, *matrices)
-        results.append((out, *torch.autograd.grad(out, (x, weights, *matrices), grad)))
+    for run in (
+        lambda x, i, w, b, *m: fused.RoutedExperts.apply(x, i, w, *m, 2.0, b),
+        lambda x, i, w, b, *m: reference.routed_experts(x, i, w, m, limit=2.0) + b,
+    ):
+        out = run(x, indices, weights, beside, *matrices)
+        results.append((out, *torch.autograd.grad(out, (x, weights, beside, *matrices), grad)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
 
