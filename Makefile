@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test test-gpu check bench bench-gpu install sandbox clean
+.PHONY: run test test-gpu check bench bench-gpu bench-gpus2 install sandbox clean
 
 run: install sandbox
 	$(BIN)/python -m pipeline run +stage=all
@@ -15,12 +15,17 @@ test: install sandbox
 # On a GPU machine, with the Python that has its torch: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 
+# What needs two GPUs is skipped on one.
 test-gpu:
-	$(GPU_PYTHON) -m pytest -q -m gpu tests
+	$(GPU_PYTHON) -m pytest -q -m "gpu or gpus2" tests
 
 bench-gpu:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu_attention.py
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu_ops.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_grpo_gpu.py
+
+bench-gpus2:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_zero_gpu.py
 
 check: install
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ def run_rank(task: Task) -> None:
     for line in sys.stdin:
         match line.strip():
             case "curve":
-                say({"losses": [step_on(engine, task, 2, step=i) for i in range(STEPS)]})
+                say({"losses": [step_on(engine, task, rows_of(task, 2, step=i), step=i) for i in range(STEPS)]})
             case "time":
                 say({"seconds": {rows: seconds_a_step(engine, task, rows) for rows in (2, 4)}})
             case "sample":
@@ -139,12 +139,11 @@ def start(task: Task) -> Any:
     return Engine(spec, task.rank)
 
 
-def step_on(engine: Any, task: Task, rows: int, *, step: int) -> float:
-    """Train one step on `rows` rows over all ranks; returns this rank's share of the mean loss."""
+def step_on(engine: Any, task: Task, batches: list[Any], *, step: int) -> float:
+    """Train one step on rows that are dealt to all ranks; returns this rank's share of the mean loss."""
     from runtime.batch import split
     from runtime.spec import LossSpec
 
-    batches = rows_of(task, rows, step=step)
     targets = float(sum(batch.target_count for batch in batches))
     loss = LossSpec("experts.loss:cross_entropy", balance_weight=1e-4)
     sums = engine.forward_backward(split(batches, task.ranks)[task.rank], loss, targets)
@@ -157,9 +156,10 @@ def seconds_a_step(engine: Any, task: Task, rows: int) -> float:
     import torch
 
     seconds = []
-    for turn in range(TIMED + 1):
+    for turn in range(STEPS, STEPS + TIMED + 1):
+        batches = rows_of(task, rows, step=turn)
         began = time.perf_counter()
-        step_on(engine, task, rows, step=100 + turn)
+        step_on(engine, task, batches, step=turn)
         if task.gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -278,6 +278,13 @@ def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
         return outcomes
 
 
+def gpus() -> int:
+    """Count this machine's GPUs."""
+    import torch  # here, because a rank chooses its GPU before torch is loaded
+
+    return torch.cuda.device_count()
+
+
 def write_model(directory: Path, name: str) -> Path:
     """Write a fresh model of conf/model/`name`.yaml and a tokenizer of bytes."""
     from experts.fresh import write_fresh_model
@@ -315,6 +322,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.task:
         return run_rank(Task(**json.loads(arguments.task)))
+    if not arguments.tiny and (found := gpus()) < 2:
+        parser.error(f"found {found} GPUs, expected two; --tiny checks the program on a CPU")
     began = time.perf_counter()
     outcomes = compare(arguments.stages, tiny=arguments.tiny)
     print(f"\nall in {time.perf_counter() - began:.0f} s; rows of {outcomes[0].row_tokens} tokens; losses in nats a token")
