@@ -115,7 +115,7 @@ class StaticStep:
 
     def _feed_forward(self, x: Tensor, weights: LayerWeights, step: _Step) -> Tensor:
         moe, limit = weights.block.ffn, self.config.swiglu_limit
-        indices, shares, _ = moe.gate(x, step.tokens)
+        indices, shares = moe.gate(x, step.tokens)[:2]
         routed = op.experts(x, indices, shares, weights.matrices, limit=limit)
         hidden = op.gate_halves(functional.linear(x, weights.shared), limit=limit)
         return torch.addmm(routed, hidden, moe.shared_experts.w2.weight.T)

@@ -164,28 +164,47 @@ def test_graphs_are_for_gpus() -> None:
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+WIDE = replace(
+    CONFIG, hidden_size=256, head_dim=64, qk_rope_head_dim=32, q_lora_rank=128, o_lora_rank=64, moe_intermediate_size=128,
+    n_routed_experts=8, index_n_heads=16, index_head_dim=64, num_attention_heads=16, initializer_range=0.05,
+)  # fmt: skip
+
+
 @pytest.mark.gpu
 @gpu
-def test_graphs_give_what_the_model_in_fp32_gives() -> None:
-    wide = replace(CONFIG, hidden_size=256, head_dim=64, qk_rope_head_dim=32, q_lora_rank=128, o_lora_rank=64, moe_intermediate_size=128,
-                   n_routed_experts=8, index_n_heads=16, index_head_dim=64, num_attention_heads=16, initializer_range=0.05)  # fmt: skip
-    model = _model(wide).cuda()
-    half = copy.deepcopy(model).bfloat16()
-    assert is_captured(half)
-    cache, exact = _filled(half, PROMPTS, capacity=340), _filled(model, PROMPTS, capacity=340)
-    eager = cache.select(torch.arange(6, device="cuda"))
-    decoder = GraphDecoder(half)
-    decoder.start(cache, torch.arange(6, device="cuda"), temperature=1.0)
-    errors: dict[str, list[float]] = {"graph": [], "eager": []}
-    for _ in range(140):
-        tokens = torch.randint(97, (6,), device="cuda")
-        decoder.launch(tokens.cpu().numpy().astype(np.int32), np.full(6, 0.5, np.float32))
+@pytest.mark.parametrize("rows", [6, 40])
+def test_a_graph_gives_what_decode_gives(rows: int) -> None:
+    """In fp32, for tiles of few rows and of many."""
+    model, prompts = _model(WIDE).cuda(), [*PROMPTS, *range(1, 35)][:rows]
+    cache, decoder = _filled(model, prompts, capacity=240), GraphDecoder(model)
+    assert is_captured(model)
+    decoder.start(cache, torch.arange(rows, device="cuda"), temperature=1.0)
+    for _ in range(9):
+        tokens = torch.randint(97, (rows,), device="cuda")
+        decoder.launch(tokens.cpu().numpy().astype(np.int32), np.full(rows, 0.5, np.float32))
         chosen, logprobs = decoder.collect()
         assert decoder._step is not None
-        right, plain = model.head(model.decode(tokens, exact)), half.head(half.decode(tokens, eager))
-        mine = decoder._step.logits[:6]
-        errors["graph"].append(float((mine - right).norm() / right.norm()))
-        errors["eager"].append(float((plain - right).norm() / right.norm()))
+        mine, expected = decoder._step.logits[:rows], model.head(model.decode(tokens, cache))
+        torch.testing.assert_close(mine, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
         stated = torch.log_softmax(mine, -1).gather(1, torch.from_numpy(chosen).cuda().long()[:, None])[:, 0]
         torch.testing.assert_close(torch.from_numpy(logprobs).cuda(), stated, atol=1e-4, rtol=0)
-    assert np.mean(errors["graph"]) <= 1.2 * np.mean(errors["eager"]) < 0.1
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_graph_in_bf16_errs_no_more_than_decode() -> None:
+    model = _model(WIDE).cuda()
+    half = copy.deepcopy(model).bfloat16()
+    cache, exact = _filled(half, PROMPTS, capacity=240), _filled(model, PROMPTS, capacity=240)
+    decoder = GraphDecoder(half)
+    decoder.start(cache, torch.arange(6, device="cuda"), temperature=1.0)
+    mine, plain = [], []
+    for _ in range(12):
+        tokens = torch.randint(97, (6,), device="cuda")
+        decoder.launch(tokens.cpu().numpy().astype(np.int32), np.full(6, 0.5, np.float32))
+        decoder.collect()
+        assert decoder._step is not None
+        right = model.head(model.decode(tokens, exact))
+        mine.append(float((decoder._step.logits[:6] - right).norm() / right.norm()))
+        plain.append(float((half.head(half.decode(tokens, cache)) - right).norm() / right.norm()))
+    assert np.mean(mine) <= 1.5 * np.mean(plain), (np.mean(mine), np.mean(plain))

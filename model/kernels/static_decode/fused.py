@@ -14,7 +14,8 @@ TOKENS = 16
 """Tokens of a long block that are pooled at a time; blocks of overlapping entries are pooled at once."""
 LIST = 256
 """Places of a list that one program fills."""
-WORDS = {"BLOCK": 2048, "num_warps": 4}
+WORDS = {"BLOCK": 8192, "num_warps": 8}
+"""Logits that one program looks at together: a whole small vocabulary."""
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ def list_keys(positions: Tensor, keys: Tensor, *, window: int, ratio: int, chose
 def choose(logits: Tensor, draws: Tensor, temperature: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
     """Compute `op.choose`."""
     words = logits.shape[1]
-    tile = WORDS | {"BLOCK": min(WORDS["BLOCK"], triton.next_power_of_2(words))}
+    block = min(WORDS["BLOCK"], triton.next_power_of_2(words))
+    tile = WORDS | {"BLOCK": block, "num_warps": min(WORDS["num_warps"], _warps(block))}
     kernel_tokens.choose[(len(logits),)](logits, draws, temperature, tokens, logprobs, words, **tile)
 
 

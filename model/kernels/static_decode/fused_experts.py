@@ -1,45 +1,55 @@
-"""The routed experts of a decoding step on a GPU: tokens are counted into the experts' order, not sorted; arguments as in `op`."""
+"""The routed experts of a decoding step on a GPU: four launches, nothing sorted and nothing waited for; arguments as in `op`."""
 
 from __future__ import annotations
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 
-from model.kernels.experts.kernel import gate_rows, spread_rows, sum_rows
-from model.kernels.static_decode import kernel_experts
+from model.kernels.experts.kernel import sum_rows
+from model.kernels.static_decode.kernel_experts import group, multiply
 
 PAIRS = {"BLOCK": 1024, "num_warps": 4}
 COPY = {"BLOCK": 2048, "num_warps": 4}
 
+FEW = {"ROWS": 16, "COLUMNS": 64, "BLOCK": 128, "STAGES": 4, "num_warps": 4}
+"""Where an expert has a tile of rows at most: reading the weights is all."""
+IN = {"ROWS": 64, "COLUMNS": 64, "BLOCK": 64, "STAGES": 4, "num_warps": 4}
+"""Into the experts, two products at once."""
+OUT = {"ROWS": 64, "COLUMNS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 4}
+
 
 def experts(x: Tensor, indices: Tensor, shares: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, limit: float) -> Tensor:
     """Compute `op.experts`."""
-    (w1, w2, w3), active = matrices, indices.shape[1]
-    order, slots, ends = group(indices, len(w1))
-    pairs, width, inner = len(order), x.shape[1], w1.shape[1]
-    rows, out = x.new_empty(pairs, width), torch.empty_like(x)
-    spread_rows[_grid(pairs, width)](x, order, rows, active, width, **_tile(width))
-    gated, up = (functional.grouped_mm(rows, w.mT, offs=ends) for w in (w1, w3))
-    hidden = torch.empty_like(gated)
-    gate_rows[_grid(pairs, inner)](gated, up, shares, order, hidden, inner, limit, **_tile(inner))
-    summands = functional.grouped_mm(hidden, w2.mT, offs=ends)
-    sum_rows[_grid(len(x), width)](summands, summands, slots, out, active, width, False, **_tile(width))
+    (w1, w2, w3), (tokens, active) = matrices, indices.shape
+    order, slots, ends = grouped(indices, len(w1))
+    into, back = (FEW, FEW) if len(order) <= FEW["ROWS"] * len(w1) else (IN, OUT)
+    hidden = _multiply(x, (order, ends), (w1, w3), shares.contiguous(), limit=limit, tile=into)
+    summands = _multiply(hidden, (order, ends), (w2, w2), None, limit=limit, tile=back)
+    out, width = torch.empty_like(x), x.shape[1]
+    copy = COPY | {"BLOCK": min(COPY["BLOCK"], triton.next_power_of_2(width))}
+    sum_rows[(tokens, triton.cdiv(width, copy["BLOCK"]))](summands, summands, slots, out, active, width, False, **copy)
     return out
 
 
-def group(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def grouped(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bring (token, choice) pairs [B, A] into the experts' order: the pair in each place, each pair's place [B * A], ends [E] int32."""
     order, slots = torch.empty_like(indices).flatten(), torch.empty_like(indices).flatten()
     ends = torch.empty(experts, device=indices.device, dtype=torch.int32)
-    kernel_experts.group[(experts,)](indices, order, slots, ends, indices.numel(), **PAIRS)
+    group[(experts,)](indices, order, slots, ends, indices.numel(), **PAIRS)
     return order, slots, ends
 
 
-def _tile(width: int) -> dict[str, int]:
-    return COPY | {"BLOCK": min(COPY["BLOCK"], triton.next_power_of_2(width))}
-
-
-def _grid(rows: int, width: int) -> tuple[int, int]:
-    return rows, triton.cdiv(width, _tile(width)["BLOCK"])
+def _multiply(
+    x: Tensor, where: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], shares: Tensor | None, *, limit: float, tile: dict[str, int]
+) -> Tensor:
+    """Multiply the pairs by their experts' matrices [E, N, K], gated where there are shares [B, A]: [B * A, N] in the experts' order."""
+    (order, ends), (count, outputs, width) = where, weights[0].shape
+    out = x.new_empty(len(order), outputs)
+    tiles = min(len(order), triton.cdiv(len(order), tile["ROWS"]) + count)  # every expert may have one that is not full
+    active = 1 if shares is None else shares.shape[1]
+    multiply[(tiles, triton.cdiv(outputs, tile["COLUMNS"]))](
+        x, order, ends, *weights, out if shares is None else shares, out, count, width, outputs, active, limit,
+        GATED=shares is not None, EXPERTS=triton.next_power_of_2(count), **tile,
+    )  # fmt: skip
+    return out

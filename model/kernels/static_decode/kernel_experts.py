@@ -1,4 +1,4 @@
-"""Bringing the (token, choice) pairs of a decoding step into the experts' order, by counting."""
+"""The routed experts of a few tokens: (token, choice) pairs counted into the experts' order, and products that read them there."""
 
 from __future__ import annotations
 
@@ -27,3 +27,54 @@ def group(indices, order, slots, ends, pairs, BLOCK: tl.constexpr):
         tl.store(slots + pair, at.to(tl.int64), mine)
         place += tl.sum(mine.to(tl.int32), 0)
     tl.store(ends + expert, place)
+
+
+@triton.jit
+def _stretch(ends, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Return the expert of a tile of up to ROWS places, the tile's first place and the expert's end; no places beyond the last tile."""
+    number = tl.arange(0, EXPERTS)
+    real = number < experts
+    end, begin = tl.load(ends + number, real, 0), tl.load(ends + number - 1, real & (number > 0), 0)
+    tiles = (end - begin + ROWS - 1) // ROWS
+    tiles = tl.where(real, tiles, 0)
+    after = tl.cumsum(tiles, 0)
+    expert = tl.sum((after <= tile).to(tl.int32), 0)
+    mine = number == expert
+    first = tl.sum(tl.where(mine, begin + (tile - after + tiles) * ROWS, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit
+def _weights(w, expert, outputs, width, column, k):
+    """Load a tile of an expert's matrix [outputs, width], transposed."""
+    at = w + (expert.to(tl.int64) * outputs + column)[None, :] * width + k[:, None]
+    return tl.load(at, (column < outputs)[None, :] & (k < width)[:, None], 0.0)
+
+
+@triton.jit
+def multiply(x, order, ends, first_w, second_w, share, out, experts, width, outputs, active, limit, GATED: tl.constexpr,
+             EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Multiply one tile of pairs by their expert's matrix [outputs, width].
+
+    With GATED the rows are those of the pairs' tokens, and out = share silu(min(W1 x, l)) clamp(W3 x, -l, l); without, they lie in order.
+    """
+    expert, first, stop = _stretch(ends, tl.program_id(0), experts, ROWS, EXPERTS)
+    if first < stop:
+        place = first + tl.arange(0, ROWS)
+        seen = place < stop
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        pair = tl.load(order + place, seen, 0)
+        row = pair // active if GATED else place.to(tl.int64)
+        gate, up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in tl.range(0, width, BLOCK, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK)
+            a = tl.load(x + row[:, None] * width + k[None, :], seen[:, None] & (k < width)[None, :], 0.0)
+            gate = tl.dot(a, _weights(first_w, expert, outputs, width, column, k), gate, input_precision="ieee")
+            if GATED:
+                up = tl.dot(a, _weights(second_w, expert, outputs, width, column, k), up, input_precision="ieee")
+        if GATED:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+            gate *= tl.sigmoid(gate) * up * tl.load(share + pair, seen, 0.0)[:, None]
+        at = out + place.to(tl.int64)[:, None] * outputs + column[None, :]
+        tl.store(at, gate.to(out.dtype.element_ty), seen[:, None] & (column < outputs)[None, :])

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.cache import Cache
 from model.config import ModelConfig
 from model.kernels import choice
+from model.kernels.experts.reference import routed_experts as plain_experts
 from model.kernels.static_decode import fused, fused_experts, reference
 from model.kernels.static_decode.rows import Pool, Rows
 from model.static_step import StaticStep
@@ -94,10 +95,24 @@ def test_list_keys(ratio: int, chosen: int | None, monkeypatch: pytest.MonkeyPat
 def test_group(tokens: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_experts, "PAIRS", {"BLOCK": 32, "num_warps": 1})
     indices = torch.rand(tokens, experts - 1).topk(2).indices  # the last expert gets nothing
-    order, slots, ends = fused_experts.group(indices, experts)
+    order, slots, ends = fused_experts.grouped(indices, experts)
     chosen, right = torch.sort(indices.flatten(), stable=True)
     assert torch.equal(order, right) and torch.equal(slots[order], torch.arange(2 * tokens))
     assert ends.tolist() == torch.searchsorted(chosen, torch.arange(experts), right=True).tolist()
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 3, 2), (37, 6, 2), (50, 4, 1)], ids=str)
+def test_experts(tokens: int, experts: int, active: int, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"COLUMNS": 16, "BLOCK": 16, "STAGES": 1, "num_warps": 1}
+    monkeypatch.setattr(fused_experts, "FEW", {"ROWS": 64 if few else 0, **small})
+    for name in ("IN", "OUT"):
+        monkeypatch.setattr(fused_experts, name, {"ROWS": 16, **small})
+    x, shares = torch.randn(tokens, 20), torch.rand(tokens, active)
+    matrices = torch.randn(experts, 24, 20), torch.randn(experts, 20, 24), torch.randn(experts, 24, 20)
+    indices = torch.rand(tokens, experts - 1).topk(active).indices  # the last expert gets nothing
+    got = fused_experts.experts(x, indices, shares, matrices, limit=2.0)
+    torch.testing.assert_close(got, plain_experts(x, indices, shares, matrices, limit=2.0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
