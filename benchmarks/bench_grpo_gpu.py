@@ -16,28 +16,23 @@ same with core attention's products, and MFU against an 8192^3 product measured 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import random
-import string
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
-import yaml
+from grpo_setting import LEARNING_RATE, Setting, architecture, make_prompts, reward, write_model
 
 from domains.config import DomainConfig
 from domains.types import Prompt, Sample, Verdict
-from model import weights
 from model.config import ModelConfig
 from model.efficiency import parts
-from model.tokenizer import Tokenizer
-from model.transformer import Transformer
 from rl.advantages import group_advantages
 from rl.config import GrpoConfig
 from rl.job import GrpoJob
@@ -56,134 +51,41 @@ from runtime.trainer import Trainer
 if TYPE_CHECKING:
     from trl_step import TrlGrpo
 
-ROOT = Path(__file__).resolve().parent.parent
 H200_BF16 = 989e12
 """FLOP/s, dense bf16. Source: NVIDIA H200 data sheet (half of the figure with sparsity)."""
-LEARNING_RATE = 1e-4
-LOGIT_SPREAD = 6.8
-"""Standard deviation of the fresh head's logits: samples differ, and EOS, whose logit is 0, lies some 18 nats below the likely tokens."""
 OURS_A_ROUND = 3
 TRAINED = LossSpec("experts.loss:cross_entropy", balance_weight=1e-4)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is timed.
-
-    Attributes:
-        config: the architecture.
-        prompts, samples: of one step.
-        prompt_tokens, new_tokens: of one sample.
-        rows: samples decoded together.
-        row_tokens: of a packed row.
-        accumulate: parts that TRL trains a step in.
-        batches: tokens of the supervised batches.
-        length: tokens of a supervised sample.
-        device: "cuda" (bf16) or "cpu" (fp32).
-    """
-
-    config: ModelConfig
-    prompts: int = 64
-    samples: int = 8
-    prompt_tokens: int = 64
-    new_tokens: int = 64
-    rows: int = 512
-    row_tokens: int = 32768
-    accumulate: int = 4
-    batches: tuple[int, ...] = (32768, 65536)
-    length: int = 512
-    device: str = "cuda"
-
-    @property
-    def sampled(self) -> int:
-        """Tokens that one step samples."""
-        return self.prompts * self.samples * self.new_tokens
-
-    @property
-    def deepspeed(self) -> dict[str, Any]:
-        """DeepSpeed's keys."""
-        return {"zero_optimization": {"stage": 1}, "bf16": {"enabled": self.device == "cuda"}}
-
-
-def reward(tokens: Sequence[int]) -> float:
-    """Grade a completion by a hash of it: a number in [0, 1) that no two different completions share, so that every sample teaches."""
-    return int.from_bytes(hashlib.blake2b(bytes(str(list(tokens)), "ascii"), digest_size=4).digest()) / 2**32
-
-
-def architecture(name: str) -> ModelConfig:
-    """Read conf/model/`name`.yaml, without the MTP block, which transformers' model lacks."""
-    values = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())
-    del values["defaults"]
-    ratios = values.pop("compress_ratios")[: values["num_hidden_layers"]]
-    return ModelConfig(**values, compress_ratios=ratios, num_nextn_predict_layers=0)
-
-
-def write_model(directory: Path, config: ModelConfig) -> Tokenizer:
-    """Write a model whose end of sentence is never sampled, and its tokenizer."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(200)]
-    tokenizer = Tokenizer.train([" ".join(draw.choices(words, k=2000))], config.vocab_size)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"tokenizer: learned {tokenizer.vocab_size} tokens, expected {config.vocab_size}")
-    torch.manual_seed(0)
-    model = Transformer(config)
-    with torch.no_grad():
-        model.head.weight.mul_(LOGIT_SPREAD / (config.initializer_range * config.hidden_size**0.5))
-        model.head.weight[tokenizer.eos] = 0
-    weights.save(model, directory)
-    tokenizer.save(directory)
-    return tokenizer
-
-
-def make_prompts(tokenizer: Tokenizer, count: int, *, tokens: int) -> list[Prompt]:
-    """Return prompts of exactly `tokens` tokens as the generator encodes them."""
-    draw = random.Random(1)
-    found: list[Prompt] = []
-    while len(found) < count:
-        letters = "".join(draw.choices(string.ascii_lowercase, k=4 * tokens))
-        for length in range(tokens // 2, len(letters)):
-            messages = [{"role": "user", "content": letters[:length]}]
-            if (encoded := len(prompt_tokens(tokenizer, messages, "thinking"))) == tokens:
-                found.append(Prompt(f"math/train/{len(found)}", "math", messages, {}))
-            if encoded >= tokens:
-                break
-    return found
-
-
 class Clock:
-    """Seconds by name, and what each side holds of the GPU, told by how the memory in use grows during its turns."""
+    """Seconds, and most bytes allocated on the GPU, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
-        self.held: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
 
-    def measure(self, name: str, side: str, run: Callable[[], Any], *, counts: bool = True) -> None:
-        """Run and time `run`, everything on the GPU finished before and after."""
-        before, began = _used(), time.perf_counter()
-        run()
-        _synchronize()
-        self.note(name, side, time.perf_counter() - began, before=before, counts=counts)
+    def measure(self, name: str, run: Callable[[], int], *, counts: bool) -> None:
+        """Time `run`, which returns when the GPU is done, with the bytes."""
+        began = time.perf_counter()
+        peak = run()
+        self.note(name, time.perf_counter() - began, peak, counts=counts)
 
-    def note(self, name: str, side: str, seconds: float, *, before: int, counts: bool) -> None:
-        """Keep a time that was measured elsewhere; `before` [bytes] was in use when it began."""
+    def note(self, name: str, seconds: float, peak: int, *, counts: bool) -> None:
+        """Keep what was measured."""
+        print(f"{name} {seconds:.3f} s{'' if counts else ' (warm-up)'}", flush=True)
         if counts:
             self.seconds.setdefault(name, []).append(seconds)
-        self.held[side] = self.held.get(side, 0) + _used() - before
-        print(f"{name} {seconds:.3f} s{'' if counts else ' (warm-up)'}", flush=True)
+            self.peaks[name] = max(peak, self.peaks.get(name, 0))
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _used() -> int:
-    """Count the bytes of the GPU's memory that any process holds."""
+def settled(_: Any = None) -> int:
+    """Wait for this process's GPU; returns the most bytes it had allocated since the last time."""
     if not torch.cuda.is_available():
         return 0
-    _synchronize()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 class Ours:
@@ -211,6 +113,15 @@ class Ours:
         self.shares: list[tuple[float, float, float]] = []
         self.mismatch = 0.0
 
+    def settled(self) -> int:
+        """Call `settled` in the rank's process."""
+        return ray.get(self.group._actors[0].__ray_call__.remote(settled))
+
+    def rollout_alone(self) -> int:
+        """Generate, and see that nothing is left to do."""
+        self.generate()
+        return self.settled()
+
     def generate(self) -> list[Sample]:
         """Sample one step's groups and see that every sample has all its tokens."""
         self.round += 1
@@ -222,7 +133,7 @@ class Ours:
         assert len(out) == count * setting.samples and lengths == expected, lengths
         return out
 
-    def step(self) -> None:
+    def step(self) -> int:
         """Generate, grade, take one optimizer step."""
         times = [time.perf_counter()]
         samples = self.generate()
@@ -231,21 +142,24 @@ class Ours:
         advantages = group_advantages(verdicts, samples_per_prompt=self.setting.samples)
         times.append(time.perf_counter())
         metrics = update(self.trainer, samples, advantages, context=self.context, job=self.job, step=0)
+        peak = self.settled()
         times.append(time.perf_counter())
         assert metrics["targets"] == self.setting.sampled, metrics
         self.mismatch = max(self.mismatch, metrics["mismatch_kl/mean"])
         self.shares.append((times[1] - times[0], times[2] - times[1], times[3] - times[2]))
+        return peak
 
-    def supervised(self, tokens: int) -> Callable[[], None]:
+    def supervised(self, tokens: int) -> Callable[[], int]:
         """Return a step on a supervised batch of `tokens` tokens: forward, backward and optimizer."""
         generator = torch.Generator().manual_seed(2)
         length, vocabulary = self.setting.length, self.setting.config.vocab_size
         drawn = torch.randint(5, vocabulary, (tokens // length, length), generator=generator).tolist()
         rows = pack([PackedSample(row, [False] + [True] * (length - 1)) for row in drawn], row_tokens=self.setting.row_tokens)
 
-        def step() -> None:
+        def step() -> int:
             self.trainer.forward_backward(rows, TRAINED)
             self.trainer.optim_step(LEARNING_RATE, router_bias_speed=1e-3)
+            return self.settled()
 
         return step
 
@@ -260,7 +174,7 @@ class Rounds:
 
     def __init__(self, ours: Ours, clock: Clock) -> None:
         self.ours, self.clock, self.done = ours, clock, 0
-        self.began, self.before = 0.0, 0
+        self.began = 0.0
 
     def run(self, count: int, theirs: TrlGrpo | None) -> None:
         """Run `count` rounds; TRL's loop calls back where it has the lead."""
@@ -271,19 +185,20 @@ class Rounds:
 
     def start_clock(self) -> None:
         """Start the clock for TRL's step."""
-        self.before, self.began = _used(), time.perf_counter()
+        settled()
+        self.began = time.perf_counter()
 
     def after_trl(self) -> None:
         """Stop it, and take our turn."""
-        _synchronize()
-        self.clock.note("TRL step", "TRL", time.perf_counter() - self.began, before=self.before, counts=self.done > 0)
+        peak = settled()
+        self.clock.note("TRL step", time.perf_counter() - self.began, peak, counts=self.done > 0)
         self.our_turn()
 
     def our_turn(self) -> None:
         """Generate and step."""
         for _ in range(OURS_A_ROUND if self.done else 1):
-            self.clock.measure("our rollout", "ours", self.ours.generate, counts=self.done > 0)
-            self.clock.measure("our step", "ours", self.ours.step, counts=self.done > 0)
+            self.clock.measure("our rollout", self.ours.rollout_alone, counts=self.done > 0)
+            self.clock.measure("our step", self.ours.step, counts=self.done > 0)
         if not self.done:
             self.ours.shares.clear()
         self.done += 1
@@ -318,7 +233,7 @@ def report(ours: Ours, clock: Clock, setting: Setting) -> str:
         f"a step: {setting.prompts} prompts x {setting.samples} samples x ({setting.prompt_tokens} + {setting.new_tokens}) tokens, "
         f"{setting.rows} decoded at once, rows of {setting.row_tokens}; supervised samples of {setting.length}; "
         f"measured product {product / 1e12:.0f} TFLOP/s",
-        f"{'':24}{'median s':>10}{'min s':>9}{'max s':>9}{'tokens/s':>11}{'MFU':>8}{'+attn':>8}{'of prod.':>10}{'n':>4}",
+        f"{'':24}{'median s':>10}{'min s':>9}{'max s':>9}{'tokens/s':>11}{'MFU':>8}{'+attn':>8}{'of prod.':>10}{'peak GiB':>10}{'n':>4}",
     ]
     middle = {name: median(seconds) for name, seconds in clock.seconds.items()}
     for name, seconds in clock.seconds.items():
@@ -328,7 +243,7 @@ def report(ours: Ours, clock: Clock, setting: Setting) -> str:
         blank = " " * 26
         lines.append(
             f"{name:24}{middle[name]:10.3f}{min(seconds):9.3f}{max(seconds):9.3f}{rate:11.0f}"
-            f"{shares if name.startswith('supervised') else blank}{len(seconds):4}"
+            f"{shares if name.startswith('supervised') else blank}{clock.peaks[name] / 2**30:10.1f}{len(seconds):4}"
         )
     generate, grade, train = (median(column) for column in zip(*ours.shares))
     total = generate + grade + train
@@ -336,21 +251,9 @@ def report(ours: Ours, clock: Clock, setting: Setting) -> str:
         f"our step: generate {generate:.3f} s ({generate / total:.0%}), grade {grade:.3f} s ({grade / total:.0%}), train {train:.3f} s "
         f"({train / total:.0%}); largest mismatch KL {ours.mismatch:.2g} nats"
     )
-    lines.append("GPU memory held, GiB: " + ", ".join(f"{side} {held / 2**30:.1f}" for side, held in clock.held.items()))
     if "TRL step" in middle:
         lines.append(f"GRPO step {middle['TRL step'] / middle['our step']:.1f} x as fast as TRL's")
     return "\n".join(lines)
-
-
-def make_trl(directory: Path, prompt_ids: list[list[int]], setting: Setting) -> TrlGrpo:
-    """Set TRL up for the same step; imported here because it takes seconds and --skip-trl does without."""
-    from trl_step import TrlGrpo, TrlSetting
-
-    theirs = TrlSetting(
-        prompts=setting.prompts, samples=setting.samples, new_tokens=setting.new_tokens, accumulate=setting.accumulate,
-        learning_rate=LEARNING_RATE, device=setting.device,
-    )  # fmt: skip
-    return TrlGrpo(directory, prompt_ids, theirs)
 
 
 def main() -> None:
@@ -377,17 +280,19 @@ def main() -> None:
         tokenizer = write_model(directory, setting.config)
         prompts = make_prompts(tokenizer, 2 * setting.prompts, tokens=setting.prompt_tokens)
         ids = [prompt_tokens(tokenizer, p.messages, "thinking") for p in prompts]
-        theirs = None if arguments.skip_trl else make_trl(directory, ids, setting)
+        theirs = None
+        if not arguments.skip_trl:
+            from trl_step import TrlGrpo  # takes seconds
+
+            theirs = TrlGrpo(directory, ids, setting)
         print(f"model and prompts after {time.perf_counter() - began:.0f} s", flush=True)
-        before = _used()
         ours = Ours(directory, prompts, setting)
-        clock.held["ours"] = _used() - before
         print(f"our rank after {time.perf_counter() - began:.0f} s", flush=True)
         Rounds(ours, clock).run(arguments.rounds + 1, theirs)
         for tokens in setting.batches:
             step = ours.supervised(tokens)
             for turn in range(2 + 2 * OURS_A_ROUND):
-                clock.measure(f"supervised {tokens}", "ours", step, counts=turn > 1)
+                clock.measure(f"supervised {tokens}", step, counts=turn > 1)
         ours.close()
         print(f"all in {time.perf_counter() - began:.0f} s", flush=True)
         print(report(ours, clock, setting))

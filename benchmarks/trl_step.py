@@ -1,44 +1,22 @@
-"""TRL's GRPOTrainer around transformers' model, for the benchmark that times a GRPO step on a GPU: `bench_grpo_gpu`."""
+"""TRL's GRPOTrainer around transformers' model, for `bench_grpo_gpu`: loaded only where TRL takes part."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from datasets import Dataset
+from grpo_setting import LEARNING_RATE, ROOT, Setting
 from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from model import weights
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrlSetting:
-    """What TRL's step is like.
-
-    Attributes:
-        prompts, samples: of one step.
-        new_tokens: of one sample, neither fewer nor more.
-        accumulate: parts that a step is trained in; its samples are generated at once.
-        learning_rate: of TRL's AdamW.
-        device: "cuda" (bf16) or "cpu" (fp32).
-    """
-
-    prompts: int
-    samples: int
-    new_tokens: int
-    accumulate: int
-    learning_rate: float
-    device: str
 
 
 class Between(TrainerCallback):
@@ -59,7 +37,7 @@ class Between(TrainerCallback):
 class TrlGrpo:
     """TRL's trainer; its tokenizer spells each id as a word."""
 
-    def __init__(self, directory: Path, prompt_ids: Sequence[Sequence[int]], setting: TrlSetting) -> None:
+    def __init__(self, directory: Path, prompt_ids: Sequence[Sequence[int]], setting: Setting) -> None:
         """Load the weights in `directory` into transformers' model, in bf16 throughout on a GPU."""
         self.setting, self.workdir = setting, directory / "trl"
         parity, ours = parity_test(), weights.load(directory)
@@ -79,7 +57,7 @@ class TrlGrpo:
             output_dir=str(self.workdir), per_device_train_batch_size=setting.prompts * setting.samples // setting.accumulate,
             gradient_accumulation_steps=setting.accumulate, num_generations=setting.samples, max_steps=steps,
             max_completion_length=setting.new_tokens, generation_kwargs={"min_new_tokens": setting.new_tokens},
-            learning_rate=setting.learning_rate, beta=0.0, use_cpu=setting.device == "cpu", bf16=False, gradient_checkpointing=False,
+            learning_rate=LEARNING_RATE, beta=0.0, use_cpu=setting.device == "cpu", bf16=False, gradient_checkpointing=False,
             save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
 
