@@ -1,4 +1,4 @@
-"""Decoders: what advances the rows of a cache token by token, compiled loops for fp32 on a CPU, torch for everything else."""
+"""Decoders that the host leads token by token: compiled loops for fp32 on a CPU, torch for what `model.graph_decoding` does not take."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def is_compiled(model: Transformer) -> bool:
 
 
 class TorchDecoder:
-    """`Transformer.decode`, for models on a GPU or in another precision.
+    """`Transformer.decode`, for every model on every device.
 
     Dropping rows copies the cache, so they leave it when an eighth has gone; meanwhile they are fed zeros.
     """

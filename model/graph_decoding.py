@@ -53,12 +53,12 @@ class GraphDecoder:
 
     def start(self, cache: Cache, source: Tensor, *, temperature: float) -> None:
         """Begin with rows that are copies of a prefill's: row i of its row `source[i]`, [B] int64; temperature 0 is greedy."""
+        while self._pending:  # steps that nobody collected
+            self._pending.popleft().slot.wait()
         step = self._prepared(len(source), cache.capacity)
         step.weights.refresh()
         step.load(cache, source)
         step.temperature.fill_(temperature)
-        while self._pending:
-            self._pending.popleft().slot.wait()
         self._count = len(source)
 
     @property
@@ -115,7 +115,8 @@ class GraphDecoder:
             return old
         if old is not None:
             rows, capacity = max(rows, old.rows), max(capacity, old.capacity)
-        self._step, self._graphs = None, {}
+        old = self._step = None  # the old buffers go before the new ones come
+        self._graphs = {}
         with torch.inference_mode(False):  # the buffers may be written in any mode later
             self._step = StaticStep(self._model, rows=_size(rows), capacity=capacity)
         self._slots = deque(_Slot(self._step) for _ in range(2))
