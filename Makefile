@@ -20,12 +20,12 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "gpu or gpus2" tests
 
 bench-gpu:
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu_attention.py
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu_ops.py
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_grpo_gpu.py
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_gpu_attention.py
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_gpu_ops.py
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_grpo_gpu.py
 
 bench-gpus2:
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_zero_gpu.py
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_zero_gpu.py
 
 check: install
 	$(BIN)/ruff check .
