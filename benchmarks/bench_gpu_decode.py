@@ -3,9 +3,10 @@
     python benchmarks/bench_gpu_decode.py [--profile] [--lengths 131072 1048576]
 
 A step has everything between the sub-layer's input and its output: projections, norms, rotations, cache writes, compressors, the indexer
-over all its entries, selection, attention. V4 runs `model.static_step`, as generation does; V3.2 the same operations in its own order. The
-token decoded completes an entry of every compressor. Each kind of layer is timed as replays of a CUDA graph of several steps that take
-turns with other weights and caches, hundreds of megabytes each, so that little is found in 50 MB of L2 cache; then summed over the layers.
+over all its entries, selection, attention. V4 runs `model.static_step`, as generation does; V3.2 the same operations in its own order. Of
+the steps of a layer that compresses, one in `ratio` completes an entry: the mean is printed. Each kind of layer is timed as replays of a CUDA
+graph of several steps that take turns with other weights and caches, hundreds of megabytes each, so that little is found in 50 MB of L2
+cache; then summed over the layers.
 
 The analytic ratios are of bytes, weights plus what a step reads of the cache, both in bf16, which bound a step of one token, and of FLOPs.
 """
@@ -95,32 +96,35 @@ def randomised(module: torch.nn.Module) -> None:
             parameter.normal_(0, 0.02)
 
 
-def v4_steps(length: int) -> dict[str, list[Callable[[], object]]]:
-    """Make the steps of V4-Flash's kinds of layers, `COPIES` of each, at a context of `length` tokens."""
+def v4_steps(length: int) -> tuple[dict[str, list[Callable[[], object]]], Callable[[int], None]]:
+    """Make the steps of V4-Flash's kinds of layers, `COPIES` of each, for up to `length` tokens, and what puts them at a position."""
     ratios = [0, CSA, HCA] * COPIES
     small = {"vocab_size": 64, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_nextn_predict_layers": 0, "num_hash_layers": 0}
     config = replace(FLASH, compress_ratios=ratios, num_hidden_layers=len(ratios), **small)  # only attention is run
     with torch.device("cuda"):
         model = Transformer(config).bfloat16()
     static = StaticStep(model, rows=1, capacity=length)
-    static.cache.positions.fill_(length - 1)
     positions, tables = static.cache.positions, static._turns
-    shared = _Step(
-        torch.zeros(1, device="cuda", dtype=torch.int64),
-        {kind: Rows(positions, table, config.rms_norm_eps) for kind, table in tables.items()},
-        {kind: torch.view_as_complex(table.index_select(0, positions)) for kind, table in tables.items()},
-        {},
-    )
+    rows = {kind: Rows(positions, table, config.rms_norm_eps) for kind, table in tables.items()}
+    turns = {kind: torch.view_as_complex(table[:1].clone()) for kind, table in tables.items()}
+    shared = _Step(torch.zeros(1, device="cuda", dtype=torch.int64), rows, turns, {})
     steps: dict[str, list[Callable[[], object]]] = {"window": [], "CSA": [], "HCA": []}
     x = torch.randn(1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     for ratio, weights, cache in zip(ratios, static.weights.layers, static.cache.layers, strict=True):
         fill(cache)
         kind = {0: "window", CSA: "CSA", HCA: "HCA"}[ratio]
         steps[kind].append(lambda weights=weights, cache=cache: static._attend(x, weights, cache, shared))
-    return steps
+
+    def place(position: int) -> None:
+        positions.fill_(position)
+        shared.lists.clear()
+        for kind, table in tables.items():
+            torch.view_as_real(turns[kind]).copy_(table[position : position + 1])
+
+    return steps, place
 
 
-def v32_steps(length: int) -> dict[str, list[Callable[[], object]]]:
+def v32_steps(length: int) -> list[Callable[[], object]]:
     """Make the steps of V3.2's layers, `COPIES`, at a context of `length` tokens."""
     turns, steps = turns_of(V32, length), list[Callable[[], object]]()
     rows = Rows(torch.full((1,), length - 1, device="cuda"), turns, V32.rms_norm_eps)
@@ -133,7 +137,7 @@ def v32_steps(length: int) -> dict[str, list[Callable[[], object]]]:
         fill(cache)
         step = LatentStep(mla)
         steps.append(lambda step=step, cache=cache: step.attend(x, rows, cache))
-    return {"MLA": steps}
+    return steps
 
 
 def fill(cache: LayerCache) -> None:
@@ -221,21 +225,27 @@ def main() -> None:
     counts = {
         kind: FLASH.compress_ratios[: FLASH.num_hidden_layers].count(ratio) for kind, ratio in {"window": 0, "CSA": CSA, "HCA": HCA}.items()
     }
-    print(f"{'tokens':>8}  us a layer: window, CSA, HCA; MLA    ms a model: V4, V3.2   measured  by bytes  by FLOPs")
+    print(f"{'tokens':>8}  us a layer: window, CSA, HCA; MLA   ms a model: V4, V3.2   measured  by bytes  by FLOPs   GB: V4, V3.2")
     for length in options.lengths:
-        times, kinds = {}, {**v4_steps(length), **v32_steps(length)}
-        for kind, steps in kinds.items():
-            times[kind] = time_us(steps)
+        (v4, place), v32 = v4_steps(length), v32_steps(length)
+        times = {}
+        for kind, ratio in {"window": 1, "CSA": CSA, "HCA": HCA}.items():
+            place(length - 2)
+            usual = time_us(v4[kind])
+            place(length - 1)
+            times[kind] = usual + (time_us(v4[kind]) - usual) / ratio
+        times["MLA"] = time_us(v32)
         ours = sum(times[kind] * count for kind, count in counts.items()) / 1e3
         theirs = times["MLA"] * V32.num_hidden_layers / 1e3
         (flops, read), (other_flops, other_read) = attention_parts(FLASH, length), attention_parts(V32, length)
         print(
-            f"{length:8}  {times['window']:.1f}, {times['CSA']:.1f}, {times['HCA']:.1f}; {times['MLA']:.1f}    {ours:.3f}, {theirs:.3f}   "
-            f"{theirs / ours:.2f}  {other_read / read:.2f}  {other_flops / flops:.2f}   ({read / 1e9:.2f}, {other_read / 1e9:.2f} GB)",
+            f"{length:8}  {times['window']:.1f}, {times['CSA']:.1f}, {times['HCA']:.1f}; {times['MLA']:.1f}   {ours:.3f}, {theirs:.3f}   "
+            f"{theirs / ours:.2f}  {other_read / read:.2f}  {other_flops / flops:.2f}   {read / 1e9:.2f}, {other_read / 1e9:.2f}",
             flush=True,
         )
         if options.profile and length == options.lengths[-1]:
-            for kind, steps in kinds.items():
+            place(length - 2)
+            for kind, steps in {**v4, "MLA": v32}.items():
                 profile(steps, f"{kind} at {length}")
 
 

@@ -14,6 +14,7 @@ from model.kernels.indexer.loss import IndexScores, indexer_loss
 from model.kernels.indexer.op import select
 from model.kernels.indexer.reference import top_entries
 from model.kernels.sparse_attention.blocked import Inputs
+from model.kernels.static_decode.op import product
 from model.layout import PackedRow
 from model.linear import linear
 from model.norm import LayerNorm
@@ -108,7 +109,8 @@ class Indexer(nn.Module):
 
     def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         q = self._rotate(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
-        weights = functional.linear(x.float(), self.weights_proj.weight.float())  # the release keeps them in fp32
+        weight = self.weights_proj.weight  # the release keeps the head weights in fp32
+        weights = functional.linear(x.float(), weight.float()) if torch.is_grad_enabled() else product(x, weight)
         return self._rounded(q), weights * (self.width * self.heads) ** -0.5
 
     def _rounded(self, x: Tensor) -> Tensor:

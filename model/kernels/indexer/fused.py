@@ -20,7 +20,7 @@ WIDEST = 1 << 16
 """Entries of a row that a program can hold in registers."""
 
 
-def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int) -> Tensor:
+def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int, key_scale: Tensor | None = None) -> Tensor:
     """Compute `op.select` on contiguous inputs.
 
     Raises:
@@ -43,8 +43,9 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: i
         block = triton.next_power_of_2(max(1, min(entries.width, last // ratio)))  # no query sees more
         grid = (max(1, min(tiles, triton.cdiv(last // ratio, TILE["KEYS"]))), triton.cdiv(last - first, each))
         index_scores[grid](
-            q, keys, weights, *places, scores, first, last, len(keys), stride, count, QUERIES=each, HEADS=heads, WIDTH=width,
-            TOGETHER=min(each, max(1, PRODUCT_COLUMNS // heads)), **TILE,
+            q, keys, weights, weights if key_scale is None else key_scale, *places, scores, first, last, len(keys), stride, count,
+            QUERIES=each, HEADS=heads, WIDTH=width, TOGETHER=min(each, max(1, PRODUCT_COLUMNS // heads)), SCALED=key_scale is not None,
+            **TILE,
         )  # fmt: skip
         warps = max(1, min(4, block // 512), block // 2048)
         select_rows[(last - first,)](scores, *places, out, first, stride, out.shape[1], QUERIES=each, BLOCK=block, num_warps=warps)

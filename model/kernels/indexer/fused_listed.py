@@ -15,10 +15,11 @@ TILES = 4
 """Tiles of keys a program scores where there are plenty."""
 PROGRAMS = 1024
 """Programs that are plenty."""
-SPAN = 8192
-"""Scores of which one program keeps the best in an early round."""
-LAST = 16384
-"""Scores that one program takes in the last round."""
+SPAN = 4096
+"""Scores of which one program keeps the best in an early round; the last round takes twice as many. At least four times what it keeps."""
+
+PER_WARP = 512
+"""Scores a warp of these programs, which have at most 16."""
 
 
 def select_entries(q: Tensor, keys: Tensor, weights: Tensor, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -41,15 +42,15 @@ def _best(scores: Tensor, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
     new: dict[str, Any] = {"device": scores.device, "dtype": torch.int32}
     reached, numbers, first = torch.empty(batch, **new), scores, True
     while True:
-        span = max(SPAN, 2 * triton.next_power_of_2(k))
-        last = entries <= max(span, LAST)
+        span = max(SPAN, 4 * triton.next_power_of_2(k))
+        last = entries <= 2 * span
         block = max(16, triton.next_power_of_2(entries)) if last else span
         blocks = triton.cdiv(entries, block)
         best = torch.empty(batch, blocks * k, **new)
         best_scores = scores if last else torch.empty(batch, blocks * k, device=scores.device, dtype=torch.float32)
         keep_best[(blocks, batch)](
             scores, numbers, count, best_scores, best, reached, entries, k, FIRST=first, LAST=last, BLOCK=block,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=max(1, min(16, block // PER_WARP)),
         )  # fmt: skip
         if last:
             return best, reached

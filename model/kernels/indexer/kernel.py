@@ -7,10 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def index_scores(q, keys, weights, base, visible, scores, first, last, count_keys, stride, wanted, QUERIES: tl.constexpr,
-                 HEADS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """I_ts = sum_h w_th ReLU(q_th . k_s), [last - first, stride]; column 0 is the first entry that a block's first query may see.
+def index_scores(q, keys, weights, key_scale, base, visible, scores, first, last, count_keys, stride, wanted, QUERIES: tl.constexpr,
+                 HEADS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, SCALED: tl.constexpr, KEYS: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
+    """I_ts = sum_h w_th ReLU(q_th . k_s), times the key's scale with SCALED, [last - first, stride].
 
+    Column 0 is the first entry that a block's first query may see.
     Heads lie along the columns of the product, so that summing over them stays within a few threads. Blocks whose queries see no more than
     `wanted` entries are skipped, and so are tiles that no query of a block sees.
     """
@@ -24,6 +26,8 @@ def index_scores(q, keys, weights, base, visible, scores, first, last, count_key
         deep, across = tl.arange(0, WIDTH), tl.arange(0, TOGETHER * HEADS)
         entry = low + columns
         k = tl.load(keys + entry[:, None] * WIDTH + deep[None, :], (entry < count_keys)[:, None], 0.0)
+        if SCALED:
+            scale = tl.load(key_scale + entry, entry < count_keys, 0.0)
         for some in tl.range(0, QUERIES, TOGETHER, num_stages=STAGES):
             line = (start + some).to(tl.int64) * HEADS + across
             seen = line < last * HEADS
@@ -31,6 +35,8 @@ def index_scores(q, keys, weights, base, visible, scores, first, last, count_key
             product = tl.dot(k, tl.trans(part), input_precision="ieee")
             weighted = tl.maximum(product, 0.0) * tl.load(weights + line, seen, 0.0)[None, :]
             total = tl.sum(tl.reshape(weighted, [KEYS, TOGETHER, HEADS]), 2)
+            if SCALED:
+                total *= scale[:, None]
             rows = start + some + tl.arange(0, TOGETHER)
             place = (rows - first).to(tl.int64)[None, :] * stride + columns[:, None]
             tl.store(scores + place, total, (rows < last)[None, :] & (columns < stride)[:, None])

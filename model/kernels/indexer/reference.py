@@ -33,26 +33,11 @@ def top_entries(scores: Tensor, count: int) -> Tensor:
     return torch.where(key.div(width, rounding_mode="floor") > _LOWEST, number, -1)
 
 
-def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int) -> Tensor:
-    """Select for every query the entries with the highest index score among those it sees.
-
-    I_ts = sum_h w_th ReLU(q_th . k_s) over complete entries s of the query's own sample; ties go to the lower entry.
-
-    Args:
-        q: [T, H, K] index queries.
-        keys: [C, K] index keys of all samples in order.
-        weights: [T, H] head weights, scale included.
-        row: layout of the packed row.
-        ratio: tokens an entry.
-        count: entries to select.
-
-    Returns:
-        [T, min(count, widest block)] int64 entry numbers within the sample, -1 for none.
-
-    Source: v4_spec 2.3.
-    """
+def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: int, count: int, key_scale: Tensor | None = None) -> Tensor:
+    """Compute `op.select`; entries by score."""
     entries = row.entries[ratio]
     queries, head_weights = row.padded(q.float()), row.padded(weights.float())
+    keys = keys.float() if key_scale is None else keys.float() * key_scale.unsqueeze(1)
     low = (row.padded(entries.base) - entries.start.unsqueeze(1)).unsqueeze(-1)
     high = low + row.padded(entries.visible).unsqueeze(-1)
     entry = torch.arange(entries.width, device=q.device)
@@ -61,7 +46,7 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: i
     for first in range(0, row.blocks, step):
         last = min(first + step, row.blocks)
         rows = row.entry_rows(ratio, first, last)
-        block_keys = keys.float().index_select(0, rows.flatten()).view(*rows.shape, -1)
+        block_keys = keys.index_select(0, rows.flatten()).view(*rows.shape, -1)
         heads = torch.bmm(queries[first:last].flatten(1, 2), block_keys.mT).relu_().view(-1, q.shape[1], entries.width)
         scores = torch.bmm(head_weights[first:last].reshape(-1, 1, q.shape[1]), heads).view(last - first, row.block, -1)
         scores.masked_fill_((entry < low[first:last]) | (entry >= high[first:last]), float("-inf"))

@@ -15,13 +15,15 @@ from model.norm import RMSNorm
 LEAST = 64
 """Rows of a list that are worth a program of their own."""
 
-HEADS = 32
-"""Heads of one program at most: fewer fill more processors, but read each key more often."""
+HEADS, ALL_HEADS = 16, 32
+"""Heads of one program at most, of a part of a list and of a whole one: fewer fill more processors, but read each key more often."""
 
 NARROW = {"BLOCK": 64, "STAGES": 3, "num_warps": 4}
 """Tiles of keys up to 128 channels wide."""
-WIDE = {"BLOCK": 64, "STAGES": 2, "num_warps": 8}
-"""Of wider keys."""
+WIDE = {"BLOCK": 64, "STAGES": 2, "num_warps": 4}
+"""Of wider keys, a part of a list."""
+WIDE_WHOLE = {"BLOCK": 64, "STAGES": 2, "num_warps": 8}
+"""Of wider keys, whole lists."""
 WIDE_FP32 = {"BLOCK": 32, "STAGES": 1, "num_warps": 8}
 """Of wider keys in fp32: for comparison, not for speed."""
 
@@ -85,9 +87,10 @@ def _parts(q: Tensor, rows: Tensor) -> int:
 
 def _attend(q: Tensor, keys: Tensor, rows: Tensor, count: Tensor, *, values: int, sink: Tensor | None, scale: float) -> Tensor:
     batch, heads, width = q.shape
-    tile = NARROW if width <= 128 else WIDE if q.element_size() == 2 else WIDE_FP32
-    head_block = min(HEADS if width <= 128 or q.element_size() == 2 else 16, max(16, triton.next_power_of_2(heads)))
-    parts, k, block = _parts(q, rows), rows.shape[1], tile["BLOCK"]
+    parts, k, half = _parts(q, rows), rows.shape[1], q.element_size() == 2
+    tile = NARROW if width <= 128 else WIDE_FP32 if not half else WIDE if parts > 1 else WIDE_WHOLE
+    most = ALL_HEADS if parts == 1 and (half or width <= 128) else HEADS
+    head_block, block = min(most, max(16, triton.next_power_of_2(heads))), tile["BLOCK"]
     span = triton.cdiv(triton.cdiv(k, parts), block) * block
     parts = triton.cdiv(k, span)
     out = torch.empty(batch, heads, values, device=q.device, dtype=q.dtype)

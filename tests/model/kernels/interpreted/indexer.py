@@ -49,6 +49,20 @@ def test_select(lengths, scores, monkeypatch):
         assert got[token].tolist() == best + [-1] * (got.shape[1] - len(best))
 
 
+def test_select_with_fp8_inputs_and_scaled_keys():
+    torch.manual_seed(9)
+    lengths = [70, 3, 101]
+    row = PackedRow(CONFIG, torch.tensor([0, *lengths]).cumsum(0), sum(lengths))
+    q, keys = torch.randn(row.length, 8, 16), torch.randn(len(row.entries[4].first), 16)
+    q, keys = q.to(torch.float8_e4m3fn), keys.to(torch.float8_e4m3fn)
+    weights, key_scale = torch.randn(row.length, 8), torch.rand(len(keys)) + 0.1
+    got = select(q, keys, weights, row=row, ratio=4, count=6, key_scale=key_scale)
+    choose("reference")
+    plain = select(q.float(), keys.float() * key_scale[:, None], weights, row=row, ratio=4, count=6)
+    assert torch.equal(got.sort(1).values, plain.sort(1).values)
+    assert torch.equal(select(q, keys, weights, row=row, ratio=4, count=6, key_scale=key_scale).sort(1).values, plain.sort(1).values)
+
+
 def chosen(scores, wanted):
     """Run the selection alone on rows of scores, all of them visible."""
     rows, width = scores.shape
@@ -79,7 +93,6 @@ def test_entries_of_single_queries(entries, k, monkeypatch):
     monkeypatch.setattr(fused_listed, "TILE", fused_listed.TILE | {"KEYS": 16})
     monkeypatch.setattr(fused_listed, "PROGRAMS", 20)
     monkeypatch.setattr(fused_listed, "SPAN", 64)
-    monkeypatch.setattr(fused_listed, "LAST", 100)
     torch.manual_seed(entries)
     q, weights = torch.randn(4, 3, 24), torch.randn(4, 3)
     keys = torch.randn(4, entries + 5, 24)[:, :entries].round()
