@@ -63,7 +63,7 @@ def _forward(x: Tensor, weight: Tensor | None, turns: Tensor | None, eps: float 
     angles, pairs, heads = _angles(rows, turns)
     tile = _tile(rows.shape[1])
     if len(rows):
-        kernel.forward[(triton.cdiv(len(rows), tile["ROWS"]),)](
+        kernel.normalise_rows[(triton.cdiv(len(rows), tile["ROWS"]),)](
             rows, rows if weight is None else weight, angles, out, len(rows), heads, rows.shape[1], rows.stride(0), eps or 0.0, sign,
             NORM=eps is not None, WEIGHT=weight is not None, PAIRS=pairs, **tile,
         )  # fmt: skip
@@ -90,7 +90,7 @@ class _Normalise(torch.autograd.Function):
         programs = tiles if weight is None else min(tiles, PROGRAMS)
         dweight = dx if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
         if programs:
-            kernel.backward[(programs,)](
+            kernel.normalise_rows_backward[(programs,)](
                 grad.contiguous(), rows, rows if weight is None else weight, angles, dx, dweight, count, heads, width, rows.stride(0),
                 ctx.eps, WEIGHT=weight is not None, PAIRS=pairs, **tile,
             )  # fmt: skip

@@ -18,8 +18,8 @@ def _turned(x, turns, tokens, seen, width, sign, PAIRS: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def forward(x, weight, turns, out, count, heads, width, stride, eps, sign, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-            PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def normalise_rows(x, weight, turns, out, count, heads, width, stride, eps, sign, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+                   PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out = R(w x rsqrt(mean x^2 + eps)) of rows [N, K] that are `stride` apart; `heads` rows share a token's turns."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -36,9 +36,9 @@ def forward(x, weight, turns, out, count, heads, width, stride, eps, sign, NORM:
 
 
 @triton.jit
-def backward(grad, x, weight, turns, dx, dweight, count, heads, width, stride, eps, WEIGHT: tl.constexpr, PAIRS: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Gradients of `forward`: dx = (w h - u mean(u w h)) / rms with h the grad turned back; the norm is computed again.
+def normalise_rows_backward(grad, x, weight, turns, dx, dweight, count, heads, width, stride, eps, WEIGHT: tl.constexpr,
+                            PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Gradients of `normalise_rows`: dx = (w h - u mean(u w h)) / rms with h the grad turned back; the norm is computed again.
 
     A program takes every n-th tile and leaves its share of the weight's gradient in its row of dweight [programs, K].
     """
