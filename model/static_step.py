@@ -14,7 +14,7 @@ from model.cache import FRONT, Cache, CompressorState, LayerCache
 from model.compressor import Compressor
 from model.config import ModelConfig
 from model.hyper_connections import mix_in, mix_out
-from model.indexer import Indexer
+from model.indexer import RATIO, Indexer
 from model.kernels.indexer.listed import select_entries
 from model.kernels.static_decode import op
 from model.kernels.static_decode.rows import Pool, Rows
@@ -34,12 +34,14 @@ class _Step(NamedTuple):
         tokens: [B] int64, fed.
         rows: by kind of layer, see `model.layout.PackedRow.turns`.
         turns: by kind of layer, [B, R / 2] complex.
+        visible: [B] int32, entries of the layers with an indexer.
         lists: by compress ratio, the keys of layers that do not select.
     """
 
     tokens: Tensor
     rows: dict[bool, Rows]
     turns: dict[bool, Tensor]
+    visible: Tensor
     lists: dict[int, tuple[Tensor, Tensor]]
 
 
@@ -97,8 +99,8 @@ class StaticStep:
         tokens = torch.where(forced >= 0, forced, self.tokens[:count]).long()
         rows = {kind: Rows(positions, table, self.config.rms_norm_eps) for kind, table in self._turns.items()}
         turns = {kind: torch.view_as_complex(table.index_select(0, positions)) for kind, table in self._turns.items()}
-        step = _Step(tokens, rows, turns, {})
-        streams = self.model.embed(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        step = _Step(tokens, rows, turns, ((positions + 1) // RATIO).int(), {})
+        streams = self.model.embed(tokens.unsqueeze(1).expand(-1, self.config.hc_mult))  # [B, M, D]
         for weights, cache in zip(self.weights.layers, self.cache.layers):
             streams = self._block(streams, weights, _first(cache, count), step)
         hidden = self.model.last(streams)
@@ -135,18 +137,18 @@ class StaticStep:
         if own.indexer is not None and cache.indexer is not None and cache.index_keys is not None:
             op.compress(parts["index_kv"], parts["index_gate"], _pool(own.indexer.compressor, cache.indexer, cache.index_keys), rows)
             if cache.index_keys.shape[1] > own.indexer.count:
-                chosen = _select(own.indexer, (latent, parts["index_weights"], turns), cache.index_keys, rows)
+                chosen = _select(own.indexer, (latent, parts["index_weights"], turns), cache.index_keys, step.visible)
         if chosen is not None or own.ratio not in step.lists:
             step.lists[own.ratio] = op.list_keys(rows.positions, cache.keys, window=window, ratio=own.ratio, chosen=chosen)
         out = op.attend(q, cache.keys.flatten(0, 1), step.lists[own.ratio], own.attn_sink)
         return own.wo_b(own.wo_a(rotate(out, turns, inverse=True).flatten(1)))
 
 
-def _select(indexer: Indexer, query: tuple[Tensor, Tensor, Tensor], keys: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def _select(indexer: Indexer, query: tuple[Tensor, Tensor, Tensor], keys: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Choose entries [B, k] and count them; the weights' positive factor does not change the choice and is left out."""
     latent, weights, turns = query
     q = rotate(indexer.wq_b(latent).unflatten(1, (indexer.heads, indexer.width)), turns)
-    return select_entries(q, keys, weights, ((rows.positions + 1) // indexer.ratio).int(), indexer.count)
+    return select_entries(q, keys, weights, visible, indexer.count)
 
 
 def _pool(compressor: Compressor, state: CompressorState, entries: Tensor) -> Pool:
