@@ -4,9 +4,9 @@
 
 A step has everything between the sub-layer's input and its output: projections, norms, rotations, cache writes, compressors, the indexer
 over all its entries, selection, attention. V4 runs `model.static_step`, as generation does; V3.2 the same operations in its own order. Of
-the steps of a layer that compresses, one in `ratio` completes an entry: the mean is printed. Each kind of layer is timed as replays of a CUDA
-graph of several steps that take turns with other weights and caches, hundreds of megabytes each, so that little is found in 50 MB of L2
-cache; then summed over the layers.
+the steps of a layer that compresses, one in `ratio` completes an entry: the mean is printed. Each kind of layer is timed as replays of a
+CUDA graph of several steps that take turns with other weights and caches, hundreds of megabytes each, so that little is found in the 50 MB
+of L2 cache; then summed over the layers.
 
 The analytic ratios are of bytes, weights plus what a step reads of the cache, both in bf16, which bound a step of one token, and of FLOPs.
 """

@@ -63,8 +63,8 @@ def _quantile(share):
 
 
 @triton.jit
-def find_threshold(score, key, inside, seen, wanted):
-    """Find an integer that at least `wanted` keys reach, exactly so many unless they tie there; returns it and how many.
+def find_threshold(score, key, inside, seen, wanted, slack):
+    """Find an integer that at least `wanted` keys reach, at most `slack` more unless they tie there; returns it and how many.
 
     The first guess takes scores for normally distributed, the next ones interpolate between two bounds (the Illinois rule: a bound that
     stays counts half); should that not end soon, every other guess halves the integers between the bounds.
@@ -75,7 +75,7 @@ def find_threshold(score, key, inside, seen, wanted):
     guess = ordered(mean + spread * _quantile(wanted / seen.to(tl.float32))).to(tl.int64)
     reached, turn, side = seen, seen * 0, seen * 0
     over, under = (seen - wanted).to(tl.float32) + 0.5, (0 - wanted).to(tl.float32) + 0.5
-    while (reached != wanted) & (high - low > 1):
+    while (reached - wanted > slack) & (high - low > 1):
         guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
         number = tl.sum((key >= guess.to(tl.int32)).to(tl.int32), 0)
         enough, error = number >= wanted, (number - wanted).to(tl.float32) + 0.5
@@ -111,7 +111,7 @@ def select_rows(scores, base, visible, out, first, stride, wanted, QUERIES: tl.c
         inside = lanes < seen
         score = tl.load(scores + local.to(tl.int64) * stride + begin + lanes, inside, 0.0) + 0.0
         key = tl.where(inside, ordered(score), -2147483648)
-        threshold, reached = find_threshold(score, key, inside, seen, wanted)
+        threshold, reached = find_threshold(score, key, inside, seen, wanted, 0)
         equal = key == threshold
         ties = tl.sum(equal.to(tl.int32), 0)
         kept = (key > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties - (reached - wanted)))

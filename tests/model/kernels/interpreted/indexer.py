@@ -88,11 +88,12 @@ def test_selection_is_exact_and_breaks_ties_to_the_lower_number(values):
     assert torch.equal(chosen(scores, 37), order)
 
 
-@pytest.mark.parametrize(("entries", "k"), [(1, 3), (40, 6), (130, 20), (700, 37)], ids=str)
+@pytest.mark.parametrize(("entries", "k"), [(1, 3), (40, 6), (130, 20), (700, 37), (900, 3), (2000, 20)], ids=str)
 def test_entries_of_single_queries(entries, k, monkeypatch):
     monkeypatch.setattr(fused_listed, "TILE", fused_listed.TILE | {"KEYS": 16})
     monkeypatch.setattr(fused_listed, "PROGRAMS", 20)
     monkeypatch.setattr(fused_listed, "SPAN", 64)
+    monkeypatch.setattr(fused_listed, "FIRST_SPAN", 128)
     torch.manual_seed(entries)
     q, weights = torch.randn(4, 3, 24), torch.randn(4, 3)
     keys = torch.randn(4, entries + 5, 24)[:, :entries].round()
