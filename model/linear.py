@@ -15,22 +15,19 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def stacked_linear(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, Tensor]:
+def stacked_linear(x: Tensor, *maps: nn.Linear) -> Tensor:
     """Apply several maps to one input as a single product: [T, D] to [T, sum of their outputs].
 
     A GPU reads a wide `x` once, and once more for its gradient, which is summed in the product; stacking the weights costs less.
-
-    Returns:
-        The product, and `x` for who reads it after this: the gradient of that is added in the product too.
     """
-    return _Stacked.apply(x, *(each.weight for each in maps))
+    return functional.linear(x, torch.cat([each.weight for each in maps]))
 
 
 def joint_linear(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     """Apply several maps to one input [T, D]; on a GPU as one product, whose parts they return as they lie."""
     if implementation_for(x) == "reference":
         return tuple(each(x) for each in maps)
-    return stacked_linear(x, *maps)[0].split([each.out_features for each in maps], 1)
+    return stacked_linear(x, *maps).split([each.out_features for each in maps], 1)
 
 
 class GroupedLinear(nn.Module):
@@ -51,25 +48,6 @@ class GroupedLinear(nn.Module):
             return _Grouped.apply(x.view(len(x), self.groups, -1), self.weight.view(self.groups, -1, x.shape[1] // self.groups)).flatten(1)
         parts = zip(x.chunk(self.groups, 1), self.weight.chunk(self.groups))
         return torch.cat([functional.linear(part, weight) for part, weight in parts], 1)
-
-
-class _Stacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        weight = torch.cat(weights)
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = [len(each) for each in weights]
-        ctx.set_materialize_grads(False)
-        return x @ weight.T, x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor | None, through: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if grad is None:
-            return through, *(None for _ in ctx.sizes)
-        dx = grad @ weight if through is None else torch.addmm(through, grad, weight)
-        return dx, *(grad.T @ x).split(ctx.sizes)
 
 
 class _Grouped(torch.autograd.Function):

@@ -74,7 +74,7 @@ class Gate(nn.Module):
         return indices, weights * self.scaling, scores
 
     def route(self, x: Tensor, tokens: Tensor) -> Routing:
-        """Do the same with Triton, and hand the tokens through."""
+        """Do the same with Triton, and count where the tokens go."""
         from model.kernels.router import fused  # brings Triton, which a CPU does without
 
         indices = None if self.tid2eid is None else self.tid2eid[tokens]
@@ -166,15 +166,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
         if implementation_for(x) == "triton":
-            return self.through(x)[0]
+            from model.kernels.experts import gated  # brings Triton, which a CPU does without
+
+            return self.w2(gated.swiglu(stacked_linear(x, self.w1, self.w3), self.limit))
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
-
-    def through(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Do the same with Triton, and hand `x` through as `stacked_linear` does."""
-        from model.kernels.experts import gated  # brings Triton, which a CPU does without
-
-        both, x = stacked_linear(x, self.w1, self.w3)
-        return self.w2(gated.swiglu(both, self.limit)), x
 
 
 class MoE(nn.Module):
@@ -189,12 +184,10 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, row: PackedRow | None) -> tuple[Tensor, Tensor | None]:
         """Map [T, D] tokens; the balance loss is computed where a packed row is given (not in decoding)."""
-        if implementation_for(x) == "triton":  # each hands x to the next, so that its gradient is never summed in a pass of its own
-            indices, weights, scores, _, x = self.gate.route(x, tokens)
-            shared, x = self.shared_experts.through(x)
-            out = self.experts(x, indices, weights, beside=shared)
+        indices, weights, scores = self.gate(x, tokens)
+        if implementation_for(x) == "triton":
+            out = self.experts(x, indices, weights, beside=self.shared_experts(x))
         else:
-            indices, weights, scores = self.gate(x, tokens)
             out = self.experts(x, indices, weights) + self.shared_experts(x)
         return out, None if row is None else self.gate.balance_loss(indices, scores, row)
 

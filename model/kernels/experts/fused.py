@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -36,10 +38,15 @@ def _sum(pairs: Tensor, others: Tensor | None, slots: Tensor, active: int, *, be
     return out
 
 
+def _two(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Name what belongs to the gate and to the up matrices: two tensors, or the halves of dimension 1 of one."""
+    return parts if len(parts) == 2 else parts[0].chunk(2, 1)
+
+
 class RoutedExperts(torch.autograd.Function):
     """As in `op`, but rows are not padded, nothing waits for the device, and the activation is computed again backward.
 
-    `beside` [T, D] is added to the result.
+    Gate and up matrices make one product where the rows are more than theirs, which have to be copied for it.
     """
 
     @staticmethod
@@ -51,29 +58,31 @@ class RoutedExperts(torch.autograd.Function):
         ends = torch.searchsorted(chosen, torch.arange(len(w1), dtype=torch.int16, device=x.device), right=True, out_int32=True)
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         rows = _spread(x, slots, active)
-        gate, up = (functional.grouped_mm(rows, w.mT, offs=ends) for w in (w1, w3))
-        hidden = torch.empty_like(gate)
-        grid, tile = _tiles(*gate.shape)
-        gate_rows[grid](gate, up, share, order, hidden, gate.shape[1], limit, **tile)
+        maps = (torch.cat([w1, w3], 1),) if len(rows) >= 2 * w1.shape[0] * w1.shape[1] else (w1, w3)
+        parts = [functional.grouped_mm(rows, each.mT, offs=ends) for each in maps]
+        hidden = x.new_empty(len(rows), w1.shape[1])
+        grid, tile = _tiles(*hidden.shape)
+        gate_rows[grid](*_two(parts), share, order, hidden, hidden.shape[1], limit, BESIDE=len(parts) == 1, **tile)
         beside = None if beside is None else beside.contiguous()
         out = _sum(functional.grouped_mm(hidden, w2.mT, offs=ends), None, slots, active, beside=beside)
-        ctx.save_for_backward(rows, share, gate, up, w1, w2, w3, slots, order, ends)
-        ctx.limit = limit
+        ctx.save_for_backward(rows, share, w2, slots, order, ends, *maps, *parts)
+        ctx.limit, ctx.adds = limit, beside is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, share, gate, up, w1, w2, w3, slots, order, ends = ctx.saved_tensors
+        rows, share, w2, slots, order, ends, *both = ctx.saved_tensors
+        maps, parts = both[: len(both) // 2], both[len(both) // 2 :]
         dout = _spread(grad.contiguous(), slots, share.shape[1])
         dhidden = functional.grouped_mm(dout, w2, offs=ends)
-        dgate, dup, hidden, dshare = (torch.empty_like(t) for t in (gate, up, gate, share))
-        count, width = gate.shape
+        hidden, dshare, *dparts = (torch.empty_like(t) for t in (dhidden, share, *parts))
+        count, width = hidden.shape
         gate_rows_backward[(triton.cdiv(count, BACKWARD["ROWS"]),)](
-            dhidden, gate, up, share, order, dgate, dup, hidden, dshare, count, width, ctx.limit, **BACKWARD
+            dhidden, *_two(parts), share, order, *_two(dparts), hidden, dshare, count, width, ctx.limit, BESIDE=len(parts) == 1, **BACKWARD
         )
         dw2 = functional.grouped_mm(dout.mT, hidden, offs=ends)
-        dw1, dw3 = (functional.grouped_mm(d.mT, rows, offs=ends) for d in (dgate, dup))
-        first, second = functional.grouped_mm(dgate, w1, offs=ends), functional.grouped_mm(dup, w3, offs=ends)
-        beside = grad if ctx.needs_input_grad[7] else None
-        return _sum(first, second, slots, share.shape[1]), None, dshare, dw1, dw2, dw3, None, beside
+        dw1, dw3 = _two([functional.grouped_mm(d.mT, rows, offs=ends) for d in dparts])
+        first, *second = (functional.grouped_mm(d, each, offs=ends) for d, each in zip(dparts, maps, strict=True))
+        dx = _sum(first, second[0] if second else None, slots, share.shape[1])
+        return dx, None, dshare, dw1, dw2, dw3, None, grad if ctx.adds else None

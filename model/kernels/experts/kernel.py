@@ -45,16 +45,19 @@ def sum_rows(first, second, slots, out, active, width, BOTH: tl.constexpr, BLOCK
 
 
 @triton.jit
-def gate_rows(gate, up, share, order, out, width, limit, BLOCK: tl.constexpr):
-    """out_i = share_(order_i) silu(min(gate_i, l)) clamp(up_i, -l, l), one program a block of a row."""
+def gate_rows(gate, up, share, order, out, width, limit, BLOCK: tl.constexpr, BESIDE: tl.constexpr = False):
+    """out_i = share_(order_i) silu(min(gate_i, l)) clamp(up_i, -l, l), one program a block of a row.
+
+    With BESIDE the rows of gate and up lie beside each other, 2 F apart.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    place = row * width + columns
+    place = row * width * (2 if BESIDE else 1) + columns
     g = tl.minimum(tl.load(gate + place, inside, 0.0).to(tl.float32), limit)
     u = tl.minimum(tl.maximum(tl.load(up + place, inside, 0.0).to(tl.float32), -limit), limit)
     hidden = tl.load(share + tl.load(order + row)).to(tl.float32) * g * tl.sigmoid(g) * u
-    tl.store(out + place, hidden.to(out.dtype.element_ty), inside)
+    tl.store(out + row * width + columns, hidden.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -74,8 +77,8 @@ def _activation_backward(d, gate, up, limit):
 
 
 @triton.jit
-def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, count, width, limit, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr):  # fmt: skip
+def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, count, width, limit, BESIDE: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gradients of `gate_rows`, and its result again; one program some whole rows. dshare has the order of `share`."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     seen = rows < count
@@ -85,12 +88,13 @@ def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, co
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)[None, :]
         mask = seen[:, None] & (columns < width)
-        place = rows.to(tl.int64)[:, None] * width + columns
-        d = tl.load(grad + place, mask, 0.0).to(tl.float32)
+        narrow = rows.to(tl.int64)[:, None] * width + columns
+        place = rows.to(tl.int64)[:, None] * width * (2 if BESIDE else 1) + columns
+        d = tl.load(grad + narrow, mask, 0.0).to(tl.float32)
         g, u = tl.load(gate + place, mask, 0.0).to(tl.float32), tl.load(up + place, mask, 0.0).to(tl.float32)
         dg, du, hidden = _activation_backward(d * weight, g, u, limit)
         along += tl.sum(d * hidden, 1)
-        tl.store(out + place, (weight * hidden).to(out.dtype.element_ty), mask)
+        tl.store(out + narrow, (weight * hidden).to(out.dtype.element_ty), mask)
         tl.store(dgate + place, dg.to(dgate.dtype.element_ty), mask)
         tl.store(dup + place, du.to(dup.dtype.element_ty), mask)
     tl.store(dshare + number, along, seen)

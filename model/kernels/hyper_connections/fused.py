@@ -21,7 +21,7 @@ GROUP = 2048
 """Tokens whose share of the gradient of `fn` one program sums."""
 MIX = {"BLOCK": 2048, "num_warps": 8}
 COLLAPSE = {"TOKENS": 2, "BLOCK": 1024, "num_warps": 4}
-GATES = {"TOKENS": 16, "BLOCK": 128, "num_warps": 4}
+GATES = {"TOKENS": 4, "BLOCK": 256, "num_warps": 4}
 
 
 def _halves(streams: Tensor) -> bool:
@@ -119,6 +119,14 @@ class MixOut(torch.autograd.Function):
         tokens, _, width = streams.shape
         gradients = tuple(torch.empty_like(t) for t in (output, streams, post, comb))
         kernel.expand_backward[(tokens,)](
-            grad.contiguous(), output, streams, post, comb, *gradients, width, BLOCK=triton.next_power_of_2(width), num_warps=8
+            grad.contiguous(),
+            output,
+            streams,
+            post,
+            comb,
+            *gradients,
+            width,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=4 if width <= 2048 else 8,
         )
         return gradients

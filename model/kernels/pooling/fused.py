@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from model.kernels.pooling import kernel
 from model.layout import Entries
 
-TOKENS = 16
+TOKENS = 32
 """Tokens of an entry that a program takes at a time, at most."""
 BLOCK = 128
 """Channels a program, at most."""

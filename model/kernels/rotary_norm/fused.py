@@ -9,11 +9,11 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.rotary_norm import kernel
 
-TILE = 2048
-"""Numbers a program handles at a time."""
-WARPS = 4
-PROGRAMS = 1056
-"""Programs that sum a weight's gradient: eight for each processor of an H200."""
+TILE = 1024
+"""Numbers a program handles at a time, if a row is not longer."""
+PER_WARP = 512
+PROGRAMS = 2112
+"""Programs of up to four warps that sum a weight's gradient: sixteen for each processor of an H200."""
 
 
 def normalise(x: Tensor, weight: Tensor | None, turns: Tensor | None, eps: float) -> Tensor:
@@ -53,7 +53,7 @@ def _angles(rows: Tensor, turns: Tensor | None) -> tuple[Tensor, int, int]:
 
 def _tile(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": WARPS if block <= 2 * TILE else 2 * WARPS}
+    return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": min(8, max(2, block // PER_WARP))}
 
 
 def _forward(x: Tensor, weight: Tensor | None, turns: Tensor | None, eps: float | None, *, sign: float = 1.0) -> Tensor:
@@ -87,7 +87,7 @@ class _Normalise(torch.autograd.Function):
         tile = _tile(width)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tiles = triton.cdiv(count, tile["ROWS"])
-        programs = tiles if weight is None else min(tiles, PROGRAMS)
+        programs = tiles if weight is None else min(tiles, PROGRAMS * 4 // max(4, tile["num_warps"]))
         dweight = dx if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
         if programs:
             kernel.normalise_rows_backward[(programs,)](

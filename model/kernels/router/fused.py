@@ -26,14 +26,12 @@ class Routing(NamedTuple):
         weights: [T, A] fp32.
         scores: [T, E] fp32.
         counts: [programs, E] fp32, parts of the tokens that each expert gets.
-        x: the routed tokens [T, D] for who reads them after this; their gradient is then summed in the router's product.
     """
 
     indices: Tensor
     weights: Tensor
     scores: Tensor
     counts: Tensor
-    x: Tensor
 
 
 def route(x: Tensor, weight: Tensor, rule: Rule, *, bias: Tensor | None = None, indices: Tensor | None = None) -> Routing:
@@ -97,11 +95,11 @@ class _Route(torch.autograd.Function):
         if choose:
             ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return indices, weights, scores, counts, x
+        return indices, weights, scores, counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, dweights, dscores, __, through):
+    def backward(ctx, _, dweights, dscores, __):
         x, weight, raw, indices = ctx.saved_tensors
         tokens, experts = len(x), len(weight)
         narrow = x.dtype != torch.float32
@@ -112,8 +110,7 @@ class _Route(torch.autograd.Function):
             BALANCED=dscores is not None, HALVES=narrow, **ctx.how,
         )  # fmt: skip
         matrix = weight.to(x.dtype)
-        matrix = torch.cat([matrix, matrix]) if narrow else matrix
-        dx = dlogits @ matrix if through is None else torch.addmm(through, dlogits, matrix)
+        dx = dlogits @ (torch.cat([matrix, matrix]) if narrow else matrix)
         dweight = product(dlogits.T, x).view(-1, experts, x.shape[1])
         return dx, (dweight.sum(0) if narrow else dweight[0]).to(weight.dtype), None, None, None
 

@@ -17,7 +17,7 @@ def small_tiles_and_nan_filled(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 3, 2), (37, 6, 2), (20, 4, 1)], ids=str)
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 3, 2), (37, 6, 2), (20, 4, 1), (100, 4, 3)], ids=str)
 def test_routed_experts(tokens, experts, active):
     torch.manual_seed(1)
     x = torch.randn(tokens, 16, requires_grad=True)
