@@ -107,7 +107,8 @@ def v4_steps(length: int) -> tuple[dict[str, list[Callable[[], object]]], Callab
     positions, tables = static.cache.positions, static._turns
     rows = {kind: Rows(positions, table, config.rms_norm_eps) for kind, table in tables.items()}
     turns = {kind: torch.view_as_complex(table[:1].clone()) for kind, table in tables.items()}
-    shared = _Step(torch.zeros(1, device="cuda", dtype=torch.int64), rows, turns, {})
+    token, visible = (torch.zeros(1, device="cuda", dtype=dtype) for dtype in (torch.int64, torch.int32))
+    shared = _Step(tokens=token, rows=rows, turns=turns, visible=visible, lists={})
     steps: dict[str, list[Callable[[], object]]] = {"window": [], "CSA": [], "HCA": []}
     x = torch.randn(1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     for ratio, weights, cache in zip(ratios, static.weights.layers, static.cache.layers, strict=True):
@@ -117,6 +118,7 @@ def v4_steps(length: int) -> tuple[dict[str, list[Callable[[], object]]], Callab
 
     def place(position: int) -> None:
         positions.fill_(position)
+        visible.fill_((position + 1) // CSA)
         shared.lists.clear()
         for kind, table in tables.items():
             torch.view_as_real(turns[kind]).copy_(table[position : position + 1])
