@@ -19,8 +19,10 @@ from model.static_step import StaticStep
 from model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
-SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
 """Numbers of rows that graphs are captured for; beyond the last, multiples of it."""
+WORTH = 32
+"""Steps to come for which a graph is captured: it serves later calls too, so it need not pay for itself in one."""
 STREAMS = 4
 """Residual streams that the kernels of hyper-connections are written for."""
 
@@ -64,7 +66,6 @@ class GraphDecoder:
     @property
     def size(self) -> int:
         """Places that a step computes."""
-        assert self._step is not None
         return _size(self._count)
 
     def launch(self, forced: NDArray[np.int32], draws: NDArray[np.float32]) -> None:
@@ -103,10 +104,10 @@ class GraphDecoder:
         for pending in self._pending:
             pending.kept.append(index)
 
-    def shrinks(self, count: int) -> bool:
-        """Tell whether a step over `count` rows would be a smaller one."""
-        assert self._step is not None
-        return _size(count) < self.size
+    def shrinks(self, count: int, *, steps: int) -> bool:
+        """Tell whether steps over `count` rows would be smaller ones, and `steps` of them worth what that takes."""
+        size = _size(count)
+        return size < self.size and (steps >= WORTH or size in self._graphs)
 
     def _prepared(self, rows: int, capacity: int) -> StaticStep:
         """Return buffers of at least this size, the old ones where they do and no parameter has moved."""

@@ -38,12 +38,12 @@ class StaticWeights:
     def __init__(self, model: Transformer) -> None:
         self._model = model
         self.layers = [_layer(block) for block in model.layers]  # type: ignore[arg-type]
-        self._addresses = self._now()
+        self._made_for = self._now()
         self.refresh()
 
     def has_moved(self) -> bool:
-        """Tell whether a parameter or buffer is no longer where it was."""
-        return self._now() != self._addresses
+        """Tell whether a parameter or buffer is no longer where it was, or is read in another way."""
+        return self._now() != self._made_for
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -52,12 +52,13 @@ class StaticWeights:
             for into, parameter in layer.copies:
                 into.copy_(parameter)
             experts = layer.block.ffn.experts
-            if experts.fp4:
+            if layer.matrices[0] is not experts.w1:
                 for into, matrix in zip(layer.matrices, experts.matrices(), strict=True):
                     into.copy_(matrix)
 
-    def _now(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
+    def _now(self) -> list[int | bool]:
+        addresses = [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
+        return [*addresses, *(layer.block.ffn.experts.fp4 for layer in self.layers)]
 
 
 def _layer(block: Block) -> LayerWeights:

@@ -27,8 +27,8 @@ class AheadDecoder(Protocol):
     def keep(self, index: NDArray[np.int64]) -> None:
         """Go on with these rows alone."""
 
-    def shrinks(self, count: int) -> bool:
-        """Tell whether so many rows make a smaller step."""
+    def shrinks(self, count: int, *, steps: int) -> bool:
+        """Tell whether `steps` steps over so many rows are worth `keep`."""
 
 
 def decode_ahead(rows: list[Row], decoder: AheadDecoder, turns: Turns) -> None:
@@ -45,7 +45,7 @@ def decode_ahead(rows: list[Row], decoder: AheadDecoder, turns: Turns) -> None:
         table.take(*decoder.collect())
         if not table.alive.any():
             return
-        if decoder.shrinks(int(table.alive.sum())):
+        if decoder.shrinks(int(table.alive.sum()), steps=table.steps):
             index = table.alive.nonzero()[0]
             decoder.keep(index)
             table.keep(index)
@@ -71,6 +71,11 @@ class _Table:
         self._logprobs = np.zeros(self._tokens.shape, dtype=np.float32)
         self._now = 0
         self._ended: list[int] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps that the rows may still take."""
+        return int(self._room[self.alive].max())
 
     def draws(self) -> NDArray[np.float32]:
         """Look up the random number of each row's next sampled token."""

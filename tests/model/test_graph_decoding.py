@@ -127,7 +127,8 @@ def test_rows_leave_while_a_step_is_running(temperature: float) -> None:
         assert np.isfinite(logprobs).all() and (logprobs <= 0).all()
         if number in (7, 20):
             index = np.arange(alive)[:: 2 if number == 7 else 3]
-            assert decoder.shrinks(len(index))
+            assert decoder.shrinks(len(index), steps=100) and not decoder.shrinks(len(index), steps=1)
+            assert not decoder.shrinks(alive, steps=100)
             decoder.keep(index)
             alive = len(index)
 
@@ -155,6 +156,19 @@ def test_new_weights_are_read_and_moved_ones_noticed() -> None:
         parameter.data = parameter.data * 0.9
     torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
     assert decoder._step is not step
+
+
+def test_a_model_that_is_quantised_later_keeps_its_weights() -> None:
+    model = _model(replace(CONFIG, hidden_size=64, moe_intermediate_size=32))
+    decoder, before = GraphDecoder(model), model.layers[1].ffn.experts.w1.clone()
+    for quantised in (False, True, False):
+        model.quantize(experts=quantised)
+        decoder.start(_filled(model, [9, 4], capacity=20), torch.arange(2), temperature=1.0)
+        decoder.launch(np.array([3, 5], np.int32), np.zeros(2, np.float32))
+        decoder.collect()
+        assert decoder._step is not None and torch.equal(model.layers[1].ffn.experts.w1, before)
+        expected = model.head(model.decode(torch.tensor([3, 5]), _filled(model, [9, 4], capacity=20)))
+        torch.testing.assert_close(decoder._step.logits[:2], expected, atol=1e-4, rtol=0)
 
 
 def test_graphs_are_for_gpus() -> None:

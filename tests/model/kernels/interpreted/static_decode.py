@@ -101,13 +101,11 @@ def test_group(tokens: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert ends.tolist() == torch.searchsorted(chosen, torch.arange(experts), right=True).tolist()
 
 
-@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 3, 2), (37, 6, 2), (50, 4, 1)], ids=str)
-def test_experts(tokens: int, experts: int, active: int, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"COLUMNS": 16, "BLOCK": 16, "STAGES": 1, "num_warps": 1}
-    monkeypatch.setattr(fused_experts, "FEW", {"ROWS": 64 if few else 0, **small})
-    for name in ("IN", "OUT"):
-        monkeypatch.setattr(fused_experts, name, {"ROWS": 16, **small})
+def test_experts(tokens: int, experts: int, active: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = {"ROWS": rows, "COLUMNS": 16, "BLOCK": 16, "STAGES": 1, "num_warps": 1}
+    monkeypatch.setattr(fused_experts, "_tiles", lambda each: (tile, tile))
     x, shares = torch.randn(tokens, 20), torch.rand(tokens, active)
     matrices = torch.randn(experts, 24, 20), torch.randn(experts, 20, 24), torch.randn(experts, 24, 20)
     indices = torch.rand(tokens, experts - 1).topk(active).indices  # the last expert gets nothing
