@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,11 @@ class Engine:
         return weights.load(Path(directory), dtype=self.dtype, device=self.device)
 
     def _whole_weights(self) -> Any:
-        """Under ZeRO 3, gather the parameters for the duration; otherwise they are whole already."""
-        return deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.stage == 3)
+        """Under ZeRO 3, gather the parameters for the duration; otherwise they are whole already.
+
+        ZeRO 3's hooks go meanwhile: after a module's forward they drop its parameters, which decoding reads without calling the module.
+        """
+        return deepspeed.zero.unwrap_model_for_generation(self.deepspeed) if self.stage == 3 else nullcontext()
 
 
 def freeze(model: Transformer, *, train_mtp: bool, train_indexer: bool) -> None:

@@ -1,6 +1,8 @@
 """One rank of a short training run, as a process of its own: prints the loss curve as JSON.
 
-usage: python rank_program.py MODEL_DIR RANK RANKS ZERO_STAGE RENDEZVOUS
+usage: python rank_program.py MODEL_DIR RANK RANKS ZERO_STAGE RENDEZVOUS [sample]
+
+With `sample` it computes in bf16, every parameter cut up at ZeRO 3, and prints greedy answers before it trains.
 """
 
 import json
@@ -9,10 +11,16 @@ import sys
 
 import numpy as np
 
+from domains.config import DomainConfig
+from domains.types import Prompt
 from runtime.batch import PackedSample, pack, split
-from runtime.config import OptimizerConfig
+from runtime.config import OptimizerConfig, SamplingConfig
 from runtime.engine import Engine
 from runtime.spec import EngineSpec, LossSpec
+from runtime.step import DomainSetup
+
+CUT_UP = {"reduce_scatter": False, "stage3_param_persistence_threshold": 0}
+"""Gloo has no reduce-scatter; and parameters as small as these are otherwise never cut up."""
 
 
 def samples_of_step(step: int) -> list[PackedSample]:
@@ -27,7 +35,17 @@ def main() -> None:
     model, rank, ranks, stage, rendezvous = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     optimizer = OptimizerConfig(lr=0.01, grad_clip=1.0)
     zero = {"zero_optimization": {"stage": stage}}
-    engine = Engine(EngineSpec(model=model, optimizer=optimizer, deepspeed=zero, ranks=ranks, rendezvous=rendezvous), rank)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
+    domains = {"math": DomainSetup(name="math", domain=DomainConfig(kind="math"), sampling=sampling)}
+    if sys.argv[6:]:
+        zero = {"zero_optimization": {"stage": stage} | (CUT_UP if stage == 3 else {}), "bf16": {"enabled": True}}
+    engine = Engine(
+        EngineSpec(model=model, optimizer=optimizer, deepspeed=zero, ranks=ranks, rendezvous=rendezvous, domains=domains), rank
+    )
+    if sys.argv[6:]:
+        prompts = [Prompt(f"math/train/{i}", "math", [{"role": "user", "content": f"{i} + {i} = "}], {}) for i in range(3)]
+        answers = [sample.tokens for sample in engine.generate(prompts, [0] * 3, sampling, samples=1)]
+        print("ANSWERS " + json.dumps(answers), flush=True)
     spec = LossSpec("experts.loss:cross_entropy", balance_weight=1e-3)
     losses = []
     for step in range(6):

@@ -12,20 +12,29 @@ from model import weights
 PROGRAM = Path(__file__).with_name("rank_program.py")
 
 
-def curve(model_dir, tmp_path, *, ranks: int, stage: int) -> list[float]:
+def outputs(model_dir, tmp_path, *options: str, ranks: int, stage: int) -> list[str]:
+    """Run all ranks and return what each printed."""
     rendezvous = f"file://{tmp_path}/rendezvous-{ranks}-{stage}"
     command = [sys.executable, str(PROGRAM), str(model_dir)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(stage), rendezvous], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(ranks), str(stage), rendezvous, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=180) for process in processes]
-    for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True)):
+    printed = [process.communicate(timeout=180) for process in processes]
+    for rank, (process, (_, errors)) in enumerate(zip(processes, printed, strict=True)):
         assert process.returncode == 0, f"rank {rank} ended with {process.returncode}: {errors[-3000:]}"
-    parts = [json.loads(out.split("LOSSES ")[1]) for out, _ in outputs]
+    return [out for out, _ in printed]
+
+
+def sum_of_losses(printed: list[str]) -> list[float]:
+    parts = [json.loads(out.split("LOSSES ")[1]) for out in printed]
     return [sum(losses) for losses in zip(*parts, strict=True)]
+
+
+def curve(model_dir, tmp_path, *, ranks: int, stage: int) -> list[float]:
+    return sum_of_losses(outputs(model_dir, tmp_path, ranks=ranks, stage=stage))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,14 @@ def test_the_curve_goes_down(one_rank):
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)], ids=str)
 def test_every_layout_gives_the_same_curve(model_dir, tmp_path, one_rank, ranks, stage):
     assert curve(model_dir, tmp_path, ranks=ranks, stage=stage) == pytest.approx(one_rank, abs=2e-4)
+
+
+def test_stage_3_samples_what_one_rank_samples_and_goes_on_training(model_dir, tmp_path):
+    alone = outputs(model_dir, tmp_path, "sample", ranks=1, stage=1)
+    both = outputs(model_dir, tmp_path, "sample", ranks=2, stage=3)
+    answers = [json.loads(out.split("ANSWERS ")[1].splitlines()[0]) for out in (*alone, *both)]
+    assert answers[0] == answers[1] == answers[2] and all(answers[0])
+    assert sum_of_losses(both) == pytest.approx(sum_of_losses(alone), abs=0.03)  # bf16
 
 
 @pytest.mark.parametrize("layout", ["official", "transformers"])
