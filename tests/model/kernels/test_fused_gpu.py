@@ -5,6 +5,8 @@ import torch
 
 from model.config import ModelConfig
 from model.kernels.choice import choose
+from model.kernels.experts import reference as experts_reference
+from model.kernels.experts.op import routed_experts
 from model.layout import PackedRow
 from model.linear import GroupedLinear
 from model.moe import MLP, Gate
@@ -115,6 +117,33 @@ def test_shared_expert(width, inner):
     mlp = MLP(width, inner, 3.0).cuda()
     call, parameters = functional(mlp, lambda x: (x,))
     check(call, [half(3001, width), *(half(*p.shape, scale=width**-0.5) for p in parameters)], half(3001, width))
+
+
+def test_routed_experts_as_one_product():
+    """More rows than the matrices of both branches have, so that these are put together, and a shared expert's output beside them."""
+    indices = torch.rand(3001, 7, device="cuda").topk(3).indices  # the last expert gets nothing
+    inputs = [
+        half(3001, 256),
+        half(3001, 3).abs(),
+        half(3001, 256),
+        *(half(8, *shape, scale=0.1) for shape in ((384, 256), (256, 384), (384, 256))),
+    ]
+    grad, results = half(3001, 256), []
+
+    def dense(x, indices, weights, matrices, *, limit, beside):
+        return experts_reference.routed_experts(x, indices, weights, matrices, limit=limit) + beside
+
+    for implementation, run, dtype in (
+        ("triton", routed_experts, torch.bfloat16),
+        ("reference", routed_experts, torch.bfloat16),
+        ("reference", dense, torch.float32),
+    ):
+        choose(implementation)
+        x, weights, beside, *matrices = leaves = [leaf.detach().clone().to(dtype).requires_grad_() for leaf in inputs]
+        out = run(x, indices, weights.float(), tuple(matrices), limit=2.0, beside=beside)
+        results.append((out, *torch.autograd.grad(out, leaves, grad.to(dtype))))
+    for number, (got, eager, want) in enumerate(zip(*results, strict=True)):
+        assert error(got, want) <= SLACK * error(eager, want) + FLOOR, number
 
 
 def test_grouped_linear():
