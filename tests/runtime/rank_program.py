@@ -39,9 +39,7 @@ def main() -> None:
     domains = {"math": DomainSetup(name="math", domain=DomainConfig(kind="math"), sampling=sampling)}
     if sys.argv[6:]:
         zero = {"zero_optimization": {"stage": stage} | (CUT_UP if stage == 3 else {}), "bf16": {"enabled": True}}
-    engine = Engine(
-        EngineSpec(model=model, optimizer=optimizer, deepspeed=zero, ranks=ranks, rendezvous=rendezvous, domains=domains), rank
-    )
+    engine = Engine(EngineSpec(model=model, optimizer=optimizer, deepspeed=zero, ranks=ranks, rendezvous=rendezvous, domains=domains), rank)
     if sys.argv[6:]:
         prompts = [Prompt(f"math/train/{i}", "math", [{"role": "user", "content": f"{i} + {i} = "}], {}) for i in range(3)]
         answers = [sample.tokens for sample in engine.generate(prompts, [0] * 3, sampling, samples=1)]
