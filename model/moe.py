@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from model.kernels.router.rule import Rule
 from model.layout import PackedRow
 from model.linear import linear, stacked_linear
 from model.quant.qat import fake_quantize_mxfp4
-
-if TYPE_CHECKING:
-    from model.kernels.router.fused import Routing
 
 _HASH_SEED = 20260424
 """Seed of the hash tables of a model trained from scratch; ours, the release's recipe is unpublished."""
@@ -59,7 +55,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [T, D] tokens: experts [T, A] int64, weights [T, A] fp32, scores [T, E] fp32."""
         if implementation_for(x) == "triton":
-            return self.route(x, tokens)[:3]
+            return self._routed(x, tokens)
         scores = self.score(x.float() @ self.weight.float().T)
         if self.tid2eid is not None:
             indices = self.tid2eid[tokens]
@@ -73,8 +69,8 @@ class Gate(nn.Module):
             self.load += torch.bincount(indices.flatten(), minlength=len(self.load))
         return indices, weights * self.scaling, scores
 
-    def route(self, x: Tensor, tokens: Tensor) -> Routing:
-        """Do the same with Triton, and count where the tokens go."""
+    def _routed(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Do the same with Triton."""
         from model.kernels.router import fused  # brings Triton, which a CPU does without
 
         indices = None if self.tid2eid is None else self.tid2eid[tokens]
@@ -85,7 +81,7 @@ class Gate(nn.Module):
         routing = fused.route(x, self.weight, self.rule, bias=self.bias, indices=indices)
         if self.training and torch.is_grad_enabled():
             self.load += routing.counts.sum(0)
-        return routing
+        return routing.indices, routing.weights, routing.scores
 
     def _within_groups(self, scores: Tensor) -> Tensor:
         """Put -inf outside the `kept_groups` groups whose two best experts have the highest sum; [T, E] to [T, E]."""

@@ -55,9 +55,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def halves(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Write a wider weight [E, D] as two of `dtype`, one after the other [2 E, D], whose sum has (almost) all of its bits."""
-    if weight.dtype == dtype:
-        return weight
+    """Write a weight [E, D] in `dtype`; a wider one as two, one after the other [2 E, D], whose sum has (almost) all of its bits."""
+    if weight.dtype.itemsize <= dtype.itemsize:
+        return weight.to(dtype)
     high = weight.to(dtype)
     return torch.cat([high, (weight - high).to(dtype)])
 
