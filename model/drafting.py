@@ -26,7 +26,7 @@ def prefill(model: Transformer, tokens: Tensor, cu_seqlens: Tensor, cache: Cache
     """
     if not len(model.mtp):
         raise ValueError("speculative decoding: the model has no MTP block (num_nextn_predict_layers = 0) to draft with")
-    row = PackedRow(model.config, cu_seqlens, len(tokens))
+    row = PackedRow(model.config, cu_seqlens, len(tokens), device=tokens.device)
     plan = PrefillPlan(row, cache)
     streams, _ = model.streams(tokens, row, cache, plan)
     keys = cache.layers[0].keys

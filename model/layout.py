@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.config import AnyConfig
 from model.rope import inverse_frequencies, rotations
+from model.transfer import send
 
 QUERY_BLOCK = 32
 """Queries that share one block of keys; small wastes arithmetic less, large wastes calls less (measured on a CPU)."""
@@ -64,8 +65,19 @@ class PackedRow:
         block, blocks: queries a block, and how many blocks cover the row; the last may be partly empty.
     """
 
-    def __init__(self, config: AnyConfig, cu_seqlens: Tensor, length: int, source: Tensor | None = None, *, indexer: str = "") -> None:
+    def __init__(
+        self,
+        config: AnyConfig,
+        cu_seqlens: Tensor,
+        length: int,
+        source: Tensor | None = None,
+        *,
+        indexer: str = "",
+        device: torch.device | None = None,
+    ) -> None:
+        """Lay a row out where `cu_seqlens` is, and put the layout on `device`: from the host to a GPU nothing waits for anything."""
         cu = cu_seqlens.to(torch.int64)
+        self._device = cu.device if device is None else device
         lengths = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != length or bool((lengths <= 0).any()):
             raise ValueError(
@@ -87,10 +99,13 @@ class PackedRow:
         """[n] query blocks that somebody reads, where samples share tokens: the others repeat tokens computed elsewhere. None for all."""
         ratios = sorted({r for r in config.compress_ratios if r})
         frequencies = {kind: inverse_frequencies(config, compressed=kind) for kind in (False, True)}
-        places = self.gather(self.position)
+        places = send(self.gather(self.position), self._device)
         self.turns = {kind: rotations(places, f) for kind, f in frequencies.items() if kind in (False, bool(ratios))}
         self.entries = {ratio: self._entries(ratio, frequencies[True]) for ratio in ratios}
         self._biases: dict[tuple[int, int], Tensor] = {}
+        for name in ("cu_seqlens", "lengths", "sample", "position", "source", "origin", "live"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else send(value, self._device))
 
     def spread(self, x: Tensor) -> Tensor:
         """Give every token of the row its state: [U, ...] to [T, ...]."""
@@ -125,18 +140,14 @@ class PackedRow:
         last = (ends - 1).clamp(max=self.length - 1)
         base, visible = cu[self.sample], (self.position + 1) // ratio
         stop = base[last] + visible[last]  # no query of the block sees more
+        computed = tokens.flatten() if self.source is None else self.source[tokens.flatten()]
+        places = {"cu": cu, "tokens": tokens, "computed": computed, "first": number == 0, "base": base, "visible": visible, "start": start}
         return Entries(
             ratio=ratio,
-            cu=cu,
-            tokens=tokens,
-            computed=tokens.flatten() if self.source is None else self.source[tokens.flatten()],
-            first=number == 0,
-            turns=rotations(number * ratio, frequencies),
-            base=base,
-            visible=visible,
-            start=start,
+            turns=rotations(send(number * ratio, self._device), frequencies),
             width=int((stop - start).max()),
             most=int(counts.max()),
+            **{name: send(place, self._device) for name, place in places.items()},
         )
 
     def padded(self, x: Tensor, value: float = 0) -> Tensor:

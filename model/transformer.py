@@ -96,12 +96,12 @@ class Transformer(nn.Module):
 
         Args:
             tokens: [T] int64.
-            cu_seqlens: [N + 1] int32 or int64, from 0 to T.
+            cu_seqlens: [N + 1] int32 or int64, from 0 to T; on the host or beside the tokens, as `source`. From the host nothing waits.
             source: [T] int64, which of U computed tokens each token is; samples that begin with the same tokens may share those, at the
                 same positions. None computes every token.
             indexer: "" selects, "dense" and "sparse" let the indexers learn, see `PackedRow.indexer`.
         """
-        row = PackedRow(self.config, cu_seqlens, len(tokens), source, indexer=indexer)
+        row = PackedRow(self.config, cu_seqlens, len(tokens), source, indexer=indexer, device=tokens.device)
         streams, balance = self.streams(row.gather(tokens), row)
         learnt = torch.stack(row.indexer_losses).mean() if row.indexer_losses else None
         return Hidden(row.spread(self.last(streams)), streams, balance, learnt)
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: rows or lengths do not fit the cache.
         """
-        row = PackedRow(self.config, cu_seqlens, len(tokens))
+        row = PackedRow(self.config, cu_seqlens, len(tokens), device=tokens.device)
         streams, _ = self.streams(tokens, row, cache, PrefillPlan(row, cache))
         cache.positions.copy_(row.lengths)
         return self.last(streams.index_select(0, row.cu_seqlens[1:] - 1))
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         """
         if not self.mtp:
             raise ValueError("mtp: this model has no MTP block, expected num_nextn_predict_layers = 1 of a V4")
-        row = PackedRow(self.config, cu_seqlens, len(tokens))
+        row = PackedRow(self.config, cu_seqlens, len(tokens), device=tokens.device)
         following = tokens.roll(-1)
         return self.mtp[0](hidden.streams, self.embed(following), following, row)
 

@@ -22,6 +22,7 @@ from model.cpu import keep_freed_memory, prefer_onednn
 from model.kernels.choice import choose
 from model.kernels.logprob.op import token_logprobs
 from model.tokenizer import Tokenizer
+from model.transfer import send
 from model.transformer import Transformer
 from runtime.batch import Batch
 from runtime.config import SamplingConfig
@@ -73,7 +74,7 @@ class Engine:
 
     def forward_backward(self, batches: Sequence[Batch], loss: LossSpec, denominator: float) -> dict[str, float]:
         """Accumulate gradients of sum(loss) / denominator over all ranks' rows; returns this rank's metric sums."""
-        sums: dict[str, float] = {}
+        measured: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU then never waits for its host between two rows
         for batch in batches:
             self.deepspeed.train(batch.target_count > 0)  # a row that only keeps ranks in step must not count as the routers' load
             teacher = self.frozen[batch.teacher] if batch.teacher else None
@@ -81,8 +82,8 @@ class Engine:
             # DeepSpeed averages gradients over ranks; the loss is a share of a global mean, so the average is undone here.
             self.deepspeed.backward(value * self.spec.ranks, scale_wrt_gas=False)
             for name, metric in self.objective.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(metric)
-        return sums
+                measured.setdefault(name, []).append(metric)
+        return {name: sum(map(float, values)) for name, values in measured.items()}
 
     def optim_step(self, lr: float, router_bias_speed: float = 0.0) -> dict[str, float]:
         """Apply the accumulated gradients with this learning rate, then nudge the routers' biases."""
@@ -107,9 +108,9 @@ class Engine:
         with self._whole_weights():
             for batch in batches:
                 row = row_tensors(batch, net.embed.weight.device, share=True)
-                where = torch.from_numpy(batch.targets.nonzero()[0]).to(row[0].device)
-                out.append(token_logprobs(net(*row).last[where - 1], net.head.weight, row[0][where])[0].cpu().numpy())
-        return out
+                where = send(torch.from_numpy(batch.targets.nonzero()[0]), row[0].device)
+                out.append(token_logprobs(net(*row).last[where - 1], net.head.weight, row[0][where])[0])
+        return [values.cpu().numpy() for values in out]
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, *, samples: int) -> list[Sample]:
         """Sample `samples` answers a prompt, in prompt order; `seeds` hold one stream a prompt."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.kernels.logprob.op import token_logprobs
+from model.transfer import send
 from model.transformer import Transformer
 from runtime.batch import Batch
 from runtime.spec import LossSpec
@@ -66,12 +67,13 @@ class Objective(nn.Module):
         row = row_tensors(batch, device, share=not (spec.balance_weight or spec.mtp_weight))
         tokens, cu_seqlens, _ = row
         hidden = self.model(*row, indexer=spec.indexer)
-        where = torch.from_numpy(batch.targets.nonzero()[0]).to(device)  # [R]
+        targets = torch.from_numpy(batch.targets.nonzero()[0])
+        where = send(targets, device)  # [R]
         rows = Rows(
             hidden=hidden.last[where - 1],
             targets=tokens[where],
-            fields={name: torch.from_numpy(values).to(device)[where] for name, values in batch.fields.items()},
-            sample=torch.searchsorted(cu_seqlens, where, right=True) - 1,
+            fields={name: send(torch.from_numpy(values)[targets], device) for name, values in batch.fields.items()},
+            sample=send(torch.searchsorted(cu_seqlens, targets, right=True) - 1, device),
             samples=len(batch.cu_seqlens) - 1,
             teacher=None if teacher is None else teacher_states(teacher, row, where),
         )
@@ -85,34 +87,30 @@ class Objective(nn.Module):
             total = total + spec.indexer_weight * hidden.indexer_loss * (batch.target_count / denominator)
             metrics["indexer_loss"] = hidden.indexer_loss.detach() * batch.target_count
         if spec.mtp_weight:
-            mtp_total = self._mtp(hidden, tokens, cu_seqlens, where)
+            mtp_total = self._mtp(hidden, tokens, cu_seqlens, targets)
             total = total + spec.mtp_weight * mtp_total / denominator
             metrics["mtp_loss"] = mtp_total.detach()
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return total
 
-    def _mtp(self, hidden: Any, tokens: Tensor, cu_seqlens: Tensor, where: Tensor) -> Tensor:
+    def _mtp(self, hidden: Any, tokens: Tensor, cu_seqlens: Tensor, targets: Tensor) -> Tensor:
         """Sum the MTP block's cross-entropy over targets that lie two tokens behind some token of their sample."""
-        sample = torch.searchsorted(cu_seqlens, where, right=True) - 1
-        reachable = where[where - 2 >= cu_seqlens[sample]]
+        sample = torch.searchsorted(cu_seqlens, targets, right=True) - 1
+        reachable = send(targets[targets - 2 >= cu_seqlens[sample]], tokens.device)
         states = self.model.mtp_hidden(hidden, tokens, cu_seqlens)[reachable - 2]
         return self.model.head(states, lambda h, weight: -token_logprobs(h, weight, tokens[reachable])[0].sum())
 
 
 def row_tensors(batch: Batch, device: torch.device, *, share: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what a model's forward takes: tokens [T], cu_seqlens [N + 1], and source [T] or None, padded.
+    """Return what a model's forward takes: tokens [T], and on the host cu_seqlens [N + 1] and source [T] or None, padded.
 
     Args:
         batch: the row.
-        device: of the tensors.
+        device: of the tokens.
         share: compute what samples share once; a loss that counts every token of every sample (balance, MTP) must not.
     """
     tokens, cu_seqlens, source = padded(batch if share else replace(batch, source=None))
-    return (
-        torch.from_numpy(tokens).to(device),
-        torch.from_numpy(cu_seqlens).to(device),
-        None if source is None else torch.from_numpy(source).to(device),
-    )
+    return send(torch.from_numpy(tokens), device), torch.from_numpy(cu_seqlens), None if source is None else torch.from_numpy(source)
 
 
 def padded(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:

@@ -20,6 +20,7 @@ from model.cache import Cache
 from model.decoding import Decoder, decoder_for, is_compiled
 from model.graph_decoding import GraphDecoder, is_captured
 from model.tokenizer import Tokenizer
+from model.transfer import send
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation.conversation import prompt_tokens
@@ -120,8 +121,8 @@ class Generator:
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
         capacity = max(map(len, encoded)) + sampling.max_new_tokens + TURN_ALLOWANCE * (sampling.max_turns - 1) + 1
         cache = Cache(self.model.config, rows=len(encoded), capacity=capacity, device=device, dtype=dtype)
-        lengths = torch.tensor([0, *map(len, encoded)], device=device)
-        tokens = torch.tensor([t for prompt in encoded for t in prompt], device=device)
+        lengths = torch.tensor([0, *map(len, encoded)])
+        tokens = send(torch.tensor([t for prompt in encoded for t in prompt]), device)
         cu_seqlens = lengths.cumsum(0)
         prefilled = (
             drafting.prefill(self.model, tokens, cu_seqlens, cache)
