@@ -22,11 +22,11 @@ FOLDER = "checkpoints"
 
 MANIFEST = "MANIFEST.json"
 KEPT = 2
-"""Committed checkpoints that stay; an older one goes only after a newer one verified."""
+"""Committed checkpoints that stay; an older one goes only after a newer one was committed."""
 
 
 def commit(directory: Path, step: int, *, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Write a checkpoint and make it visible in one rename.
+    """Write a checkpoint and make it visible in one rename: `begin` and `publish`.
 
     Args:
         directory: where a step's checkpoints lie.
@@ -40,19 +40,30 @@ def commit(directory: Path, step: int, *, write: Callable[[Path], None], state: 
     Raises:
         OSError: the disk refused a write; nothing was committed, the previous checkpoint stands.
     """
+    return publish(begin(directory, step, write=write, state=state))
+
+
+def begin(directory: Path, step: int, *, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+    """Write a checkpoint's files where no reader looks; arguments and errors as of `commit`. Returns the directory for `publish`."""
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob(".tmp-*"):
         shutil.rmtree(stale)
-    temporary, final = directory / f".tmp-{step:06d}", directory / f"step-{step:06d}"
+    temporary = directory / f".tmp-{step:06d}"
     temporary.mkdir()
     write(temporary)
     _write_synced(temporary / "state.json", json.dumps({"step": step} | state).encode())
-    seal(temporary, {"step": step})
+    return temporary
+
+
+def publish(temporary: Path) -> Path:
+    """Hash and flush what `begin` wrote, give it its name, drop the oldest; returns the committed directory."""
+    directory, number = temporary.parent, temporary.name.removeprefix(".tmp-")
+    final = directory / f"step-{number}"
+    seal(temporary, {"step": int(number)})
     if final.exists():  # a newer attempt redid the step after this one had been found damaged or was rewound
         shutil.rmtree(final)
     os.rename(temporary, final)
     sync_directory(directory)
-    verify(final)
     for old in sorted(directory.glob("step-??????"))[:-KEPT]:
         shutil.rmtree(old)
     return final

@@ -31,5 +31,9 @@ def running_ranks(context: StepContext, spec: EngineSpec) -> Iterator[tuple[Trai
         ranks=context.cluster.ranks,
     )
     group = RayGroup(spec, name=context.name, config=context.cluster)
-    yield Trainer(group, workdir=context.workdir), Rollout(group)
+    trainer = Trainer(group, workdir=context.workdir)
+    try:
+        yield trainer, Rollout(group)
+    finally:
+        trainer.settle()
     group.close()

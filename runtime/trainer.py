@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +54,8 @@ class Trainer:
     def __init__(self, group: Group, *, workdir: Path) -> None:
         """Wrap the ranks; checkpoints go to `workdir / "checkpoints"`."""
         self.group, self.checkpoints = group, workdir / checkpoint.FOLDER
+        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._publishing: Future[Path] | None = None
 
     @property
     def ranks(self) -> int:
@@ -87,9 +90,26 @@ class Trainer:
         return [parts[i % ranks][i // ranks] for i in range(len(batches))]
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Commit a checkpoint of `step` optimizer steps done, with the loop's own state."""
-        everyone = self.group.ranks
-        checkpoint.commit(self.checkpoints, step, write=lambda d: _ignore(self.group.call("save", [(str(d),)] * everyone)), state=state)
+        """Commit a checkpoint of `step` optimizer steps done, with the loop's own state.
+
+        The files are written when this returns; hashing and flushing them goes on beside what follows, see `settle`.
+        """
+        self.settle()
+        shares = self.group.ranks
+        written = checkpoint.begin(
+            self.checkpoints, step, write=lambda d: _ignore(self.group.call("save", [(str(d),)] * shares)), state=state
+        )
+        self._publishing = self._publisher.submit(checkpoint.publish, written)
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is still being committed.
+
+        Raises:
+            OSError: the disk refused it; the one before stands.
+        """
+        if self._publishing is not None:
+            publishing, self._publishing = self._publishing, None
+            publishing.result()
 
     def resume(self) -> dict[str, Any]:
         """Load the newest valid checkpoint; returns its loop state, `{"step": 0}` where there is none."""
