@@ -6,12 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
+from model.cache import FRONT
 from model.kernels.static_decode import kernel_attention, kernel_tokens
-from model.kernels.static_decode.reference import FRONT
 from model.kernels.static_decode.rows import Pool, Rows
 
-TOKENS = 16
-"""Tokens of a long block that are pooled at a time; blocks of overlapping entries are pooled at once."""
+LONG = {"TOKENS": 64, "PAIRS": 16}
+"""Tokens and pairs of channels of a long block that one program pools at a time; blocks of overlapping entries are pooled at once."""
 LIST = 256
 """Places of a list that one program fills."""
 WORDS = {"BLOCK": 8192, "num_warps": 8}
@@ -45,12 +45,20 @@ def put_window(kv: Tensor, weight: Tensor, keys: Tensor, rows: Rows, *, window: 
 def compress(kv: Tensor, gate: Tensor, pool: Pool, rows: Rows) -> None:
     """Compute `op.compress`."""
     ring, half = pool.kv.shape[1], pool.entries.shape[2] // 2
-    overlaps = ring > pool.ratio
-    kernel_attention.compress[(len(kv),)](
-        kv, gate, pool.ape, pool.weight, pool.kv, pool.gate, pool.entries, rows.positions, rows.turns, kv.stride(0),
-        pool.entries.stride(0), half, half - rows.turns.shape[1], rows.eps, RATIO=pool.ratio, OVERLAPS=overlaps,
-        TOKENS=ring if overlaps else min(ring, TOKENS), PAIRS=triton.next_power_of_2(half), num_warps=4,
+    overlaps, all_pairs, first = ring > pool.ratio, triton.next_power_of_2(half), half - rows.turns.shape[1]
+    pairs = all_pairs if overlaps else min(all_pairs, LONG["PAIRS"])
+    parts = triton.cdiv(half, pairs)
+    pooled = pool.kv if parts == 1 else torch.empty(len(kv), 2 * half, device=kv.device, dtype=torch.float32)
+    kernel_attention.compress[(len(kv), parts)](
+        kv, gate, pool.ape, pool.weight, pool.kv, pool.gate, pool.entries, pooled, rows.positions, rows.turns, kv.stride(0),
+        pool.entries.stride(0), half, first, rows.eps, RATIO=pool.ratio, OVERLAPS=overlaps, WHOLE=parts == 1,
+        TOKENS=ring if overlaps else min(ring, LONG["TOKENS"]), PAIRS=pairs, num_warps=4,
     )  # fmt: skip
+    if parts > 1:
+        kernel_attention.place_entries[(len(kv),)](
+            pooled, pool.weight, pool.entries, rows.positions, rows.turns, pool.entries.stride(0), half, first, rows.eps, RATIO=pool.ratio,
+            PAIRS=all_pairs, num_warps=_warps(half),
+        )  # fmt: skip
 
 
 def list_keys(positions: Tensor, keys: Tensor, *, window: int, ratio: int, chosen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -36,25 +36,26 @@ def put_window(kv, weight, keys, positions, turns, stride, apart, front, window,
     inside = pair < half
     even = tl.load(kv + row * stride + 2 * pair, inside, 0.0).to(tl.float32)
     odd = tl.load(kv + row * stride + 2 * pair + 1, inside, 0.0).to(tl.float32)
-    even, odd = _scaled(even, odd, weight, pair, half, eps)
-    even, odd = _turned(even, odd, turns, position, pair, first, half)
-    at = keys + row * apart + (front + position % window) * (2 * half) + 2 * pair
-    tl.store(at, even.to(keys.dtype.element_ty), inside)
-    tl.store(at + 1, odd.to(keys.dtype.element_ty), inside)
+    place = row * apart + (front + position % window) * (2 * half)
+    _put(even, odd, weight, keys, place, turns, position, pair, first, half, eps)
 
 
 @triton.jit
-def _scaled(even, odd, weight, pair, half, eps):
-    """Normalise one row given by its pairs, with a weight."""
+def _put(even, odd, weight, out, place, turns, position, pair, first, half, eps):
+    """Normalise one row given by its pairs, scale and rotate it, and store it in `out` from `place` on."""
+    inside = pair < half
     inverse = tl.rsqrt(tl.sum(even * even + odd * odd, 0) / (2 * half) + eps)
-    even *= inverse * tl.load(weight + 2 * pair, pair < half, 0.0).to(tl.float32)
-    odd *= inverse * tl.load(weight + 2 * pair + 1, pair < half, 0.0).to(tl.float32)
-    return even, odd
+    even *= inverse * tl.load(weight + 2 * pair, inside, 0.0).to(tl.float32)
+    odd *= inverse * tl.load(weight + 2 * pair + 1, inside, 0.0).to(tl.float32)
+    even, odd = _turned(even, odd, turns, position, pair, first, half)
+    at = out + place + 2 * pair
+    tl.store(at, even.to(out.dtype.element_ty), inside)
+    tl.store(at + 1, odd.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _keep(x, ape, state, source, biased, ring, inside):
-    """Move one channel of every pair of the new token into the ring, and return it."""
+    """Move one channel of every pair of the new token's gates, with the bias of its place, into the ring, and return it."""
     value = tl.load(x + source, inside, 0.0).to(tl.float32)
     value += tl.load(ape + biased, inside, 0.0).to(tl.float32)
     tl.store(state + ring, value, inside)
@@ -63,7 +64,7 @@ def _keep(x, ape, state, source, biased, ring, inside):
 
 @triton.jit
 def _copy(x, state, source, ring, inside):
-    """Move one channel of every pair of the new token into the ring, and return it."""
+    """Move one channel of every pair of the new token's values into the ring, and return it."""
     value = tl.load(x + source, inside, 0.0).to(tl.float32)
     tl.store(state + ring, value, inside)
     return value
@@ -79,14 +80,17 @@ def _fold(gate, kv, top, total, sums):
 
 
 @triton.jit
-def compress(kv, gate, ape, weight, kvs, gates, into, positions, turns, stride, apart, half, first, eps,
-             RATIO: tl.constexpr, OVERLAPS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+def compress(kv, gate, ape, weight, kvs, gates, into, pooled, positions, turns, stride, apart, half, first, eps,
+             RATIO: tl.constexpr, OVERLAPS: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """Put one row's token into the compressor's ring, and where it completes a block, the block's entry into `into`.
+
+    A program takes PAIRS pairs of channels: all of them (WHOLE), or a part of them, whose means go into `pooled` for `place_entries`.
 
     Args:
         kv, gate: [B, c * K] with rows `stride` apart. ape: [RATIO, c * K].
         kvs, gates: [B, n, c * K] fp32, the rings; the token's own slot is not read, so nothing waits for its store.
-        into: entries of a row side by side, rows `apart` apart.
+        into: entries of a row side by side, rows `apart` apart (WHOLE).
+        pooled: [B, K] fp32 out, of rows that complete a block (not WHOLE).
     """
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row)
@@ -95,7 +99,7 @@ def compress(kv, gate, ape, weight, kvs, gates, into, positions, turns, stride, 
     channels = 2 * width if OVERLAPS else width
     own = width if OVERLAPS else 0
     slot = position % ring_size
-    pair = tl.arange(0, PAIRS)
+    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < half
     ring = row * ring_size * channels
     source, biased, here = row * stride + 2 * pair, position % RATIO * channels + 2 * pair, ring + slot * channels + 2 * pair
@@ -125,11 +129,25 @@ def compress(kv, gate, ape, weight, kvs, gates, into, positions, turns, stride, 
             top_odd, total_odd, sums_odd = _fold(weigh_odd, odd, top_odd, total_odd, sums_odd)
         even = tl.where(inside, sums_even / total_even, 0.0)
         odd = tl.where(inside, sums_odd / total_odd, 0.0)
-        even, odd = _scaled(even, odd, weight, pair, half, eps)
-        even, odd = _turned(even, odd, turns, position + 1 - RATIO, pair, first, half)
-        place = into + row * apart + position // RATIO * width + 2 * pair
-        tl.store(place, even.to(into.dtype.element_ty), inside)
-        tl.store(place + 1, odd.to(into.dtype.element_ty), inside)
+        if WHOLE:
+            place = row * apart + position // RATIO * width
+            _put(even, odd, weight, into, place, turns, position + 1 - RATIO, pair, first, half, eps)
+        else:
+            tl.store(pooled + row * width + 2 * pair, even, inside)
+            tl.store(pooled + row * width + 2 * pair + 1, odd, inside)
+
+
+@triton.jit
+def place_entries(pooled, weight, into, positions, turns, apart, half, first, eps, RATIO: tl.constexpr, PAIRS: tl.constexpr):
+    """Normalise and rotate what `compress` pooled in parts, and put it into `into`; only rows that complete a block have something."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + row)
+    if (position + 1) % RATIO == 0:
+        pair = tl.arange(0, PAIRS)
+        at = pooled + row * (2 * half) + 2 * pair
+        even, odd = tl.load(at, pair < half, 0.0), tl.load(at + 1, pair < half, 0.0)
+        place = row * apart + position // RATIO * (2 * half)
+        _put(even, odd, weight, into, place, turns, position + 1 - RATIO, pair, first, half, eps)
 
 
 @triton.jit

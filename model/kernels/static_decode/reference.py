@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.cache import FRONT
 from model.kernels.experts.op import routed_experts, swiglu
 from model.kernels.static_decode.rows import Pool, Rows
-
-FRONT = 1
-"""Columns of a cache before the window, see `model.cache`."""
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -56,9 +56,10 @@ def test_put_window() -> None:
     assert int((mine != keys).any(2).sum()) == 4
 
 
-@pytest.mark.parametrize("ratio", [4, 128])
-def test_compress(ratio: int) -> None:
-    """Every place in a block and in the ring, beginning with rows that have no block before."""
+@pytest.mark.parametrize(("ratio", "pairs"), [(4, 16), (128, 16), (128, 4), (128, 2)], ids=str)
+def test_compress(ratio: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place in a block and in the ring, beginning with rows that have no block before; six pairs of channels at once and in parts."""
+    monkeypatch.setattr(fused, "LONG", {"TOKENS": 32, "PAIRS": pairs})
     width, channels, ring = 12, 24 if ratio == 4 else 12, 8 if ratio == 4 else 128
     rows = rows_of([0, 1, 2, 3, 4, 6, 7, 8, 11, 126, 127, 128, 255])
     count = len(rows.positions)
