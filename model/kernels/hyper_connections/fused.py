@@ -17,6 +17,8 @@ PROJECT = {"TOKENS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 4}
 STREAMS = {"TOKENS": 64, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
 PROGRAMS = 256
 """Programs that fill a GPU; fewer tokens are split further along the width."""
+FEW = {"TOKENS": 512, "PROGRAMS": 64}
+"""As many tokens as decoding has, and their programs: the slices of the width are summed in turn, which then costs more than it saves."""
 GROUP = 2048
 """Tokens whose share of the gradient of `fn` one program sums."""
 MIX = {"BLOCK": 2048, "num_warps": 8}
@@ -33,7 +35,8 @@ def _projections(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
     """Return the product with `fn` [S, T, 32] and the sum of squares [S, T], over S slices of the width."""
     tokens, width = len(streams), streams[0].numel()
     tiles = triton.cdiv(tokens, PROJECT["TOKENS"])
-    part = triton.cdiv(triton.cdiv(width, max(1, PROGRAMS // tiles)), PROJECT["BLOCK"]) * PROJECT["BLOCK"]
+    programs = FEW["PROGRAMS"] if tokens <= FEW["TOKENS"] else PROGRAMS
+    part = triton.cdiv(triton.cdiv(width, max(1, programs // tiles)), PROJECT["BLOCK"]) * PROJECT["BLOCK"]
     slices = triton.cdiv(width, part)
     raw = torch.empty(slices, tokens, ROWS, dtype=torch.float32, device=streams.device)
     squares = raw.new_empty(slices, tokens)
