@@ -20,9 +20,9 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "gpu or gpus2" tests
 
 bench-gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_gpu_attention.py
-	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_gpu_ops.py
-	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_grpo_gpu.py
+	for each in gpu_attention gpu_ops gpu_layer gpu_decode grpo_gpu; do \
+	  PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_$$each.py || exit; \
+	done
 
 bench-gpus2:
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_zero_gpu.py
