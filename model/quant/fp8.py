@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.quant.blocks import blocked, check_scales, look_up, refuse_blocks, scale_shape, unblocked, walk
-from model.quant.grid import E4M3, NAN_BYTE, powers, settle_scales_
+from model.quant.grid import E4M3, NAN_BYTE, groups_on_gpu, powers, settle_scales_
 
 WEIGHT_BLOCK, ACTIVATION_BLOCK = (128, 128), (1, 128)
 ACTIVATION_FLOOR = 1e-4
@@ -48,6 +48,10 @@ def quantize_fp8(
 @torch.no_grad()
 def encode_fp8(x: Tensor, block: tuple[int, int], *, floor: float = 0.0, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantise as `quantize_fp8` does, but mark the blocks that it would refuse by a NaN scale; does not wait for the device."""
+    if scales is None and groups_on_gpu(x, block):
+        from model.kernels.quant import op  # brings Triton, which a CPU does without
+
+        return op.quantize_fp8(x.contiguous(), group=block[1], floor=floor)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     chosen = torch.empty(scale_shape(x.shape, block), dtype=torch.uint8, device=x.device)
     if scales is not None:

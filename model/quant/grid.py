@@ -89,6 +89,11 @@ def round_to_grid_(x: Tensor, grid: Grid) -> Tensor:
     return x.add_(anchor).sub_(anchor)
 
 
+def groups_on_gpu(x: Tensor, block: tuple[int, int]) -> bool:
+    """Say whether the Triton kernels round `x` in these blocks: groups along a row, a power of two long."""
+    return block[0] == 1 and not block[1] & (block[1] - 1) and implementation_for(x) == "triton"
+
+
 @torch.no_grad()
 def onto_grid(x: Tensor, grid: Grid, *, block: tuple[int, int], floor: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
     """Round `x` to what its quantised form stands for, without making that form.
@@ -103,7 +108,7 @@ def onto_grid(x: Tensor, grid: Grid, *, block: tuple[int, int], floor: float = 0
     Returns:
         The shape of `x`. Blocks with a number that is not finite are NaN throughout.
     """
-    if block[0] == 1 and not block[1] & (block[1] - 1) and implementation_for(x) == "triton":
+    if groups_on_gpu(x, block):
         from model.kernels.quant import op  # brings Triton, which a CPU does without
 
         return op.fake_quantize(x.contiguous(), group=block[1], grid=grid, floor=floor, dtype=dtype)

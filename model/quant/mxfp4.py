@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.quant.blocks import blocked, check_scales, look_up, refuse_blocks, scale_shape, unblocked, walk
 from model.quant.fp8 import WEIGHT_BLOCK
-from model.quant.grid import BIAS, E2M1, NAN_BYTE, powers, round_to_grid_, settle_scales_
+from model.quant.grid import BIAS, E2M1, NAN_BYTE, groups_on_gpu, powers, round_to_grid_, settle_scales_
 
 GROUP = 32
 """Consecutive elements along K that share a scale. Source: OCP microscaling formats specification 1.0."""
@@ -43,9 +43,15 @@ def quantize_mxfp4(x: Tensor, *, scales: Tensor | None = None) -> tuple[Tensor, 
 
     Source: v4_spec 2.7, 7.
     """
-    chosen = torch.empty(scale_shape(x.shape, (1, GROUP)), dtype=torch.uint8, device=x.device)
     if x.shape[-1] % 2:
         raise ValueError(f"quantize_mxfp4: got {x.shape[-1]} columns, expected an even number (two to a byte)")
+    if scales is None and groups_on_gpu(x, (1, GROUP)):
+        from model.kernels.quant import op  # brings Triton, which a CPU does without
+
+        codes, found = op.quantize_mxfp4(x.contiguous(), group=GROUP)
+        refuse_blocks(found.view(torch.uint8) == NAN_BYTE, "quantize_mxfp4", "numbers that are not finite")
+        return codes, found
+    chosen = torch.empty(scale_shape(x.shape, (1, GROUP)), dtype=torch.uint8, device=x.device)
     packed = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8, device=x.device)
     if scales is not None:
         check_scales(scales, tuple(chosen.shape), "quantize_mxfp4")
