@@ -31,7 +31,7 @@ from model.kernels.static_decode import op
 from model.kernels.static_decode.rows import Rows
 from model.mla import MLA
 from model.rope import inverse_frequencies, rotate, rotations
-from model.static_step import StaticStep, _Step
+from model.static_step import Shared, StaticStep
 from model.transformer import Transformer
 
 FLASH = ModelConfig(compress_ratios=[0, 0, *[CSA, HCA] * 20, CSA, 0])
@@ -104,17 +104,17 @@ def v4_steps(length: int) -> tuple[dict[str, list[Callable[[], object]]], Callab
     with torch.device("cuda"):
         model = Transformer(config).bfloat16()
     static = StaticStep(model, rows=1, capacity=length)
-    positions, tables = static.cache.positions, static._turns
+    positions, tables = static.cache.positions, static.tables
     rows = {kind: Rows(positions, table, config.rms_norm_eps) for kind, table in tables.items()}
     turns = {kind: torch.view_as_complex(table[:1].clone()) for kind, table in tables.items()}
     token, visible = (torch.zeros(1, device="cuda", dtype=dtype) for dtype in (torch.int64, torch.int32))
-    shared = _Step(tokens=token, rows=rows, turns=turns, visible=visible, lists={})
+    shared = Shared(tokens=token, rows=rows, turns=turns, visible=visible, lists={})
     steps: dict[str, list[Callable[[], object]]] = {"window": [], "CSA": [], "HCA": []}
     x = torch.randn(1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
     for ratio, weights, cache in zip(ratios, static.weights.layers, static.cache.layers, strict=True):
         fill(cache)
         kind = {0: "window", CSA: "CSA", HCA: "HCA"}[ratio]
-        steps[kind].append(lambda weights=weights, cache=cache: static._attend(x, weights, cache, shared))
+        steps[kind].append(lambda weights=weights, cache=cache: static.attend(x, weights, cache, shared))
 
     def place(position: int) -> None:
         positions.fill_(position)

@@ -25,16 +25,25 @@ WORTH = 32
 """Steps to come for which a graph is captured: it serves later calls too, so it need not pay for itself in one."""
 STREAMS = 4
 """Residual streams that the kernels of hyper-connections are written for."""
+LEAST_WIDTH = 16
+"""Channels of the narrowest heads that the kernels of attention multiply."""
+SPARE = 2
+"""Buffers grow to the most rows and the most tokens seen, unless that is more than so many times the places that one call needed."""
 
 
-def is_captured(model: Transformer) -> bool:
-    """Tell whether a CUDA graph decodes this model: V4 with Triton on a GPU, keys and index not quantised, parameters whole and at rest."""
+def hindrance(model: Transformer) -> str:
+    """Say why no CUDA graph decodes this model; empty where one does: V4 with Triton on a GPU, parameters whole and at rest."""
     config, parameters = model.config, list(model.parameters())
-    fits = isinstance(config, ModelConfig) and config.hc_mult == STREAMS and config.head_dim & (config.head_dim - 1) == 0
-    fits = fits and not (model.quantization["indexer"] or model.quantization["kv"])
-    # ZeRO 3 gathers the parameters into new memory for every call.
-    fits = fits and all(p.is_cuda and not hasattr(p, "ds_id") for p in parameters)
-    return fits and implementation_for(parameters[0]) == "triton"
+    width = config.head_dim if isinstance(config, ModelConfig) else 0
+    fits = config.hc_mult == STREAMS and width >= LEAST_WIDTH and width & (width - 1) == 0
+    reasons = {
+        f"no V4 with {STREAMS} residual streams and heads of a power of two of at least {LEAST_WIDTH} channels": not fits,
+        "index or keys are quantised": model.quantization["indexer"] or model.quantization["kv"],
+        "ZeRO 3 gathers the parameters into new memory for every call": any(hasattr(p, "ds_id") for p in parameters),
+        "the model is not on a GPU": not all(p.is_cuda for p in parameters),
+        "the kernels are the reference's": implementation_for(parameters[0]) != "triton",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 class GraphDecoder:
@@ -111,15 +120,20 @@ class GraphDecoder:
 
     def _prepared(self, rows: int, capacity: int) -> StaticStep:
         """Return buffers of at least this size, the old ones where they do and no parameter has moved."""
-        old = self._step
+        old, rows = self._step, _size(rows)
         if old is not None and old.rows >= rows and old.capacity >= capacity and not old.weights.has_moved():
             return old
         if old is not None:
-            rows, capacity = max(rows, old.rows), max(capacity, old.capacity)
+            most, longest = max(rows, old.rows), max(capacity, old.capacity)
+            if most * longest <= SPARE * max(rows * capacity, old.rows * old.capacity):
+                rows, capacity = most, longest
         old = self._step = None  # the old buffers go before the new ones come
         self._graphs = {}
+        before = torch.cuda.memory_allocated()
         with torch.inference_mode(False):  # the buffers may be written in any mode later
-            self._step = StaticStep(self._model, rows=_size(rows), capacity=capacity)
+            self._step = StaticStep(self._model, rows=rows, capacity=capacity)
+        held = (torch.cuda.memory_allocated() - before) / 2**30
+        logger.info("decoding keeps %.2f GiB for %d rows of up to %d tokens", held, rows, self._step.capacity)
         self._slots = deque(_Slot(self._step) for _ in range(2))
         self._memory = torch.cuda.graph_pool_handle() if self._step.inbox.is_cuda else None
         return self._step

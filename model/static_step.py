@@ -27,7 +27,7 @@ PLACES = 128
 """Capacities are rounded up to a multiple of this, and of every compress ratio."""
 
 
-class _Step(NamedTuple):
+class Shared(NamedTuple):
     """What all layers of one step share.
 
     Attributes:
@@ -56,6 +56,8 @@ class StaticStep:
         tokens: [rows] int32, chosen by the last step. logprobs: [rows] fp32, theirs.
         logits: [rows, V] fp32 of the last step.
         cache: the state; `positions` are those of the tokens to be fed.
+        tables: by kind of layer, the rotations [capacity, R / 2, 2] fp32 of every position.
+        weights: the model's, as a step reads them.
     """
 
     def __init__(self, model: Transformer, *, rows: int, capacity: int) -> None:
@@ -67,7 +69,7 @@ class StaticStep:
         self.model, self.weights = model, StaticWeights(model)
         self.cache = Cache(config, rows=rows, capacity=self.capacity, device=device, dtype=dtype)
         places = torch.arange(self.capacity, device=device)
-        self._turns = {
+        self.tables = {
             kind: torch.view_as_real(rotations(places, inverse_frequencies(config, compressed=kind)))
             for kind in {bool(r) for r in config.compress_ratios[: config.num_hidden_layers]}
         }
@@ -97,32 +99,19 @@ class StaticStep:
         """Feed the first `count` rows a token each and choose the next."""
         forced, positions = self.forced[:count], self.cache.positions[:count]
         tokens = torch.where(forced >= 0, forced, self.tokens[:count]).long()
-        rows = {kind: Rows(positions, table, self.config.rms_norm_eps) for kind, table in self._turns.items()}
-        turns = {kind: torch.view_as_complex(table.index_select(0, positions)) for kind, table in self._turns.items()}
-        step = _Step(tokens, rows, turns, ((positions + 1) // RATIO).int(), {})
+        rows = {kind: Rows(positions, table, self.config.rms_norm_eps) for kind, table in self.tables.items()}
+        turns = {kind: torch.view_as_complex(table.index_select(0, positions)) for kind, table in self.tables.items()}
+        step = Shared(tokens, rows, turns, ((positions + 1) // RATIO).int(), {})
         streams = self.model.embed(tokens.unsqueeze(1).expand(-1, self.config.hc_mult))  # [B, M, D]
         for weights, cache in zip(self.weights.layers, self.cache.layers):
             streams = self._block(streams, weights, _first(cache, count), step)
-        hidden = self.model.last(streams)
+        hidden = self.model.norm(mix_in(streams, *self.weights.merge, config=self.config)[0])
         self.logits[:count] = op.product(hidden, self.model.head.weight)
         op.choose(self.logits[:count], self.draws[:count], self.temperature, self.tokens[:count], self.logprobs[:count])
         positions.add_(1).clamp_(max=self.capacity - 1)
 
-    def _block(self, streams: Tensor, weights: LayerWeights, cache: LayerCache, step: _Step) -> Tensor:
-        block = weights.block
-        x, post, comb, _ = mix_in(streams, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale, config=self.config)
-        streams = mix_out(self._attend(block.attn_norm(x), weights, cache, step), streams, post, comb)
-        x, post, comb, _ = mix_in(streams, block.hc_ffn_fn, block.hc_ffn_base, block.hc_ffn_scale, config=self.config)
-        return mix_out(self._feed_forward(block.ffn_norm(x), weights, step), streams, post, comb)
-
-    def _feed_forward(self, x: Tensor, weights: LayerWeights, step: _Step) -> Tensor:
-        moe, limit = weights.block.ffn, self.config.swiglu_limit
-        indices, shares = moe.gate(x, step.tokens)[:2]
-        routed = op.experts(x, indices, shares, weights.matrices, limit=limit)
-        hidden = op.gate_halves(functional.linear(x, weights.shared), limit=limit)
-        return torch.addmm(routed, hidden, moe.shared_experts.w2.weight.T)
-
-    def _attend(self, x: Tensor, weights: LayerWeights, cache: LayerCache, step: _Step) -> Tensor:
+    def attend(self, x: Tensor, weights: LayerWeights, cache: LayerCache, step: Shared) -> Tensor:
+        """Run the attention of one layer: its normalised input [B, D] to its output [B, D]; the tokens' keys go into `cache`."""
         own: Attention = weights.block.attn
         window, rows = self.config.sliding_window, step.rows[bool(own.ratio)]
         parts = dict(zip(weights.parts, op.product(x, weights.inputs).split(list(weights.parts.values()), 1), strict=True))
@@ -142,6 +131,20 @@ class StaticStep:
             step.lists[own.ratio] = op.list_keys(rows.positions, cache.keys, window=window, ratio=own.ratio, chosen=chosen)
         out = op.attend(q, cache.keys.flatten(0, 1), step.lists[own.ratio], own.attn_sink)
         return own.wo_b(own.wo_a(rotate(out, turns, inverse=True).flatten(1)))
+
+    def _block(self, streams: Tensor, weights: LayerWeights, cache: LayerCache, step: Shared) -> Tensor:
+        block = weights.block
+        x, post, comb, _ = mix_in(streams, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale, config=self.config)
+        streams = mix_out(self.attend(block.attn_norm(x), weights, cache, step), streams, post, comb)
+        x, post, comb, _ = mix_in(streams, block.hc_ffn_fn, block.hc_ffn_base, block.hc_ffn_scale, config=self.config)
+        return mix_out(self._feed_forward(block.ffn_norm(x), weights, step), streams, post, comb)
+
+    def _feed_forward(self, x: Tensor, weights: LayerWeights, step: Shared) -> Tensor:
+        moe, limit = weights.block.ffn, self.config.swiglu_limit
+        indices, shares = moe.gate(x, step.tokens)[:2]
+        routed = op.experts(x, indices, shares, weights.matrices, limit=limit)
+        hidden = op.gate_halves(functional.linear(x, weights.shared), limit=limit)
+        return torch.addmm(routed, hidden, moe.shared_experts.w2.weight.T)
 
 
 def _select(indexer: Indexer, query: tuple[Tensor, Tensor, Tensor], keys: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,16 @@ class LayerWeights:
 
 
 class StaticWeights:
-    """A model's weights at fixed addresses; after every change of the parameters `refresh` brings the copies up to date."""
+    """A model's weights at fixed addresses; after every change of the parameters `refresh` brings the copies up to date.
+
+    Attributes:
+        layers: weights of each layer.
+        merge: fn, base and scale of the last merge of the streams, filled up with zeros to what `model.hyper_connections.mix_in` takes.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
+        self.merge, self._copies = _filled_up(model)
         self.layers = [_layer(block) for block in model.layers]  # type: ignore[arg-type]
         self._made_for = self._now()
         self.refresh()
@@ -48,6 +54,8 @@ class StaticWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy what is kept as a copy."""
+        for into, parameter in self._copies:
+            into.copy_(parameter)
         for layer in self.layers:
             for into, parameter in layer.copies:
                 into.copy_(parameter)
@@ -59,6 +67,14 @@ class StaticWeights:
     def _now(self) -> list[int | bool]:
         addresses = [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
         return [*addresses, *(layer.block.ffn.experts.fp4 for layer in self.layers)]
+
+
+def _filled_up(model: Transformer) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Make room for the last merge's parameters with as many rows as a layer's have, and say which part is whose."""
+    fn, base, scale = model.hc_head_fn, model.hc_head_base, model.hc_head_scale
+    streams, rows = len(fn), len(fn) * (2 + len(fn))
+    room = fn.new_zeros(rows, fn.shape[1]), base.new_zeros(rows), scale.new_zeros(3)
+    return room, [(room[0][:streams], fn), (room[1][:streams], base), (room[2][:1], scale)]
 
 
 def _layer(block: Block) -> LayerWeights:

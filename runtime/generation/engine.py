@@ -18,7 +18,7 @@ from domains.types import Domain, Environment, Prompt, Sample
 from model import drafting
 from model.cache import Cache
 from model.decoding import Decoder, decoder_for, is_compiled
-from model.graph_decoding import GraphDecoder, is_captured
+from model.graph_decoding import GraphDecoder, hindrance
 from model.tokenizer import Tokenizer
 from model.transfer import send
 from model.transformer import Transformer
@@ -43,7 +43,7 @@ class Generator:
         self._domains: dict[str, Domain] = {}
         self._environments: dict[str, Environment | None] = {}
         self._graphs = GraphDecoder(model)
-        self._has_said_how = False
+        self._said = ""
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, *, samples: int) -> list[Sample]:
@@ -59,11 +59,9 @@ class Generator:
             P * G samples, those of one prompt together.
         """
         at_once = max(1, sampling.rows // samples)
-        captured = is_captured(self.model) and not sampling.speculative
-        decoding = None if captured else decoder_for(self.model)
-        if not self._has_said_how:
-            logger.info("decoding in %s", "a CUDA graph" if captured else "compiled loops" if is_compiled(self.model) else "torch")
-            self._has_said_how = True
+        hindered = hindrance(self.model)
+        decoding = decoder_for(self.model) if hindered and not sampling.speculative else None
+        self._say(_how(self.model, sampling, hindered))
         out: list[Sample] = []
         for start in range(0, len(prompts), at_once):
             rows = self._rows(prompts[start : start + at_once], seeds[start : start + at_once], sampling, samples)
@@ -76,6 +74,12 @@ class Generator:
             if closable is not None:
                 closable.close()
         self._domains, self._environments = {}, {}
+
+    def _say(self, how: str) -> None:
+        """Log how rows are decoded, when it is news."""
+        if how != self._said:
+            logger.info("decoding in %s", how)
+            self._said = how
 
     def _rows(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, samples: int) -> list[Row]:
         domain, _ = self._domain(prompts[0].domain)
@@ -96,7 +100,7 @@ class Generator:
     def _generate(
         self, rows: list[Row], sampling: SamplingConfig, samples: int, *, decoding: Callable[[Cache], Decoder] | None
     ) -> list[Sample]:
-        """Answer the prompts of some rows together, with a decoder or in CUDA graphs."""
+        """Answer the prompts of some rows together: speculatively, with a decoder, or without one in CUDA graphs."""
         domain, environment = self._domain(rows[0].prompt.domain)
         if environment is not None:
             for row, episode in zip(rows, environment.open([r.prompt for r in rows]), strict=True):
@@ -161,3 +165,12 @@ class Generator:
             self._domains[name] = make_domain(name, self.setups[name].domain, self.sandbox)
             self._environments[name] = self._domains[name].environment()
         return self._domains[name], self._environments[name]
+
+
+def _how(model: Transformer, sampling: SamplingConfig, hindered: str) -> str:
+    """Name what decodes, and what hinders the faster ways."""
+    if sampling.speculative:
+        return "torch, two tokens a pass"
+    if not hindered:
+        return "a CUDA graph"
+    return "compiled loops" if is_compiled(model) else f"torch: {hindered}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from model.cache import Cache
-from model.config import ModelConfig
-from model.graph_decoding import GraphDecoder, is_captured
+from model.config import ModelConfig, V32Config
+from model.graph_decoding import GraphDecoder, hindrance
 from model.static_step import StaticStep
 from model.transformer import Transformer
 
@@ -152,6 +153,9 @@ def test_new_weights_are_read_and_moved_ones_noticed() -> None:
         parameter.mul_(1.1)  # in place, as an optimizer does
     torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
     step = decoder._step
+    model.load_state_dict(_model(seed=4).state_dict())  # into the same memory, as a checkpoint is
+    torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
+    assert decoder._step is step
     for parameter in model.parameters():
         parameter.data = parameter.data * 0.9
     torch.testing.assert_close(logits(), direct(), atol=1e-4, rtol=0)
@@ -171,8 +175,53 @@ def test_a_model_that_is_quantised_later_keeps_its_weights() -> None:
         torch.testing.assert_close(decoder._step.logits[:2], expected, atol=1e-4, rtol=0)
 
 
-def test_graphs_are_for_gpus() -> None:
-    assert not is_captured(_model())
+def test_calls_of_all_sizes_share_one_decoder() -> None:
+    """One row, more rows than there are buffers, longer ones, and small again; steps that nobody collected do not matter."""
+    model = _model()
+    decoder, sizes = GraphDecoder(model), []
+    for rows, capacity in [(1, 30), (20, 30), (3, 200), (1, 90), (70, 25), (5, 2000), (70, 25), (2, 100)]:
+        prompts = [1 + 7 * i % 19 for i in range(rows)]
+        decoder.start(_filled(model, prompts, capacity=capacity), torch.arange(rows), temperature=0.0)
+        cache = _filled(model, prompts, capacity=capacity)
+        tokens, chosen = torch.arange(rows) % 97, []
+        for _ in range(2):
+            decoder.launch(tokens.numpy().astype(np.int32), np.zeros(rows, np.float32))
+            expected = model.head(model.decode(tokens, cache))
+            assert decoder._step is not None
+            torch.testing.assert_close(decoder._step.logits[:rows], expected, atol=1e-4, rtol=0)
+            chosen.append(expected.argmax(1).tolist())
+        assert decoder.collect()[0].tolist() == chosen[0]
+        sizes.append((decoder._step.rows, decoder._step.capacity))
+    assert sizes == [(16, 128), (32, 128), (32, 256), (32, 256), (128, 128), (16, 2048), (128, 128), (128, 128)]
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        (_model, "not on a GPU"),
+        (lambda: _model(replace(CONFIG, head_dim=24)), "no V4 with"),
+        (lambda: _model(replace(CONFIG, hc_mult=2)), "no V4 with"),
+        (lambda: Transformer(V32), "no V4 with"),
+        (lambda: _quantised(_model(), kv=True), "quantised"),
+        (lambda: _quantised(_model(), indexer=True), "quantised"),
+        (lambda: _quantised(_model(replace(CONFIG, hidden_size=64)), experts=True), "not on a GPU"),
+    ],
+    ids=["on a CPU", "width", "streams", "V3.2", "keys", "index", "experts"],
+)
+def test_what_hinders_a_graph_is_named(model: Callable[[], Transformer], part: str) -> None:
+    assert part in hindrance(model())
+
+
+V32 = V32Config(
+    vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, index_n_heads=2, index_head_dim=16, index_topk=4, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=0,
+)  # fmt: skip
+
+
+def _quantised(model: Transformer, **what: bool) -> Transformer:
+    model.quantize(**what)
+    return model
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -191,7 +240,7 @@ def test_a_graph_gives_what_decode_gives(rows: int) -> None:
     """In fp32, for tiles of few rows and of many."""
     model, prompts = _model(WIDE).cuda(), [*PROMPTS, *range(1, 35)][:rows]
     cache, decoder = _filled(model, prompts, capacity=240), GraphDecoder(model)
-    assert is_captured(model)
+    assert not hindrance(model)
     decoder.start(cache, torch.arange(rows, device="cuda"), temperature=1.0)
     for _ in range(9):
         tokens = torch.randint(97, (rows,), device="cuda")

@@ -10,6 +10,7 @@ import torch
 from domains.config import SandboxConfig
 from domains.types import Prompt
 from model.config import ModelConfig
+from model.graph_decoding import hindrance
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation import engine
@@ -55,7 +56,7 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
 
 
 def _samples(generator: Generator, sampling: SamplingConfig, *, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    monkeypatch.setattr(engine, "is_captured", lambda model: ahead)
+    monkeypatch.setattr(engine, "hindrance", lambda model: "" if ahead else "the test")
     prompts = [Prompt(f"p{i}", "math", [{"role": "user", "content": "abcde"[: 1 + i % 5] * (1 + i)}], {}) for i in range(9)]
     out = generator.generate(prompts, list(range(9)), sampling, samples=3)
     return [(s.tokens, s.sampled, s.truncated, s.logprobs) for s in out]
@@ -78,3 +79,42 @@ def test_samples_are_those_of_decoding_step_by_step(
         assert mine[3] == pytest.approx(theirs[3], abs=1e-4)
     if turns > 1 and tokens > 1:
         assert any(not all(sample[1][len(sample[1]) - sum(sample[1]) :]) for sample in got)  # something was given in between
+
+
+@pytest.mark.parametrize("allowance", [0, 1, 3, 5])
+def test_rows_that_fill_their_place_stop_where_they_would_step_by_step(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, allowance: int
+) -> None:
+    """Truncated while they are told something, by its last token, or just after it."""
+    monkeypatch.setattr(engine, "TURN_ALLOWANCE", allowance)
+    sampling = SamplingConfig(max_new_tokens=30, max_turns=4, rows=64, temperature=1.0)
+    expected = _samples(generator, sampling, ahead=False, monkeypatch=monkeypatch)
+    got = _samples(generator, sampling, ahead=True, monkeypatch=monkeypatch)
+    assert [sample[:3] for sample in got] == [sample[:3] for sample in expected]
+    ends = [(sample[1][-1], sample[2]) for sample in got]
+    assert (False, True) in ends  # full with a token that was given
+
+
+def test_one_generator_serves_calls_of_all_kinds(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits, temperatures and numbers of rows change from call to call, and so do the weights."""
+    for tokens, turns, rows, temperature in [(20, 1, 3, 1.0), (20, 1, 64, 0.0), (90, 3, 64, 0.7), (10, 1, 9, 0.0), (40, 2, 64, 1.0)]:
+        sampling = SamplingConfig(max_new_tokens=tokens, max_turns=turns, rows=rows, temperature=temperature)
+        expected = _samples(generator, sampling, ahead=False, monkeypatch=monkeypatch)
+        got = _samples(generator, sampling, ahead=True, monkeypatch=monkeypatch)
+        assert [sample[:3] for sample in got] == [sample[:3] for sample in expected]
+        with torch.no_grad():
+            for parameter in generator.model.parameters():
+                parameter.mul_(1.05)
+
+
+def test_what_decodes_is_said_once_and_again_when_it_changes(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", engine.__name__)
+    sampling = SamplingConfig(max_new_tokens=2, temperature=0.0)
+    for kv, ahead in [(False, True), (False, True), (True, False), (False, False)]:
+        generator.model.quantize(kv=kv)
+        monkeypatch.setattr(engine, "hindrance", (lambda model: "") if ahead else hindrance)
+        generator.generate([Prompt("p", "math", [{"role": "user", "content": "abc"}], {})], [0], sampling, samples=1)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["decoding in a CUDA graph", "decoding in torch: index or keys are quantised", "decoding in compiled loops"]
