@@ -7,13 +7,13 @@ DeepSpeed's ZeRO hands an optimizer flat slices of parameters. Muon needs whole 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from model.kernels.newton_schulz.op import orthogonalize
+from model.kernels.newton_schulz.op import orthogonalize_
 from runtime.config import OptimizerConfig
 
 
@@ -28,8 +28,11 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 class FlatLayout(Protocol):
     """How one flat slice of a parameter group relates to whole matrices."""
 
-    def update(self, flat: Tensor, transform: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        """Apply `transform` to the whole matrices of which `flat` [n] is this rank's share; returns this rank's share [n]."""
+    def update(self, flat: Tensor, transform: Callable[[Sequence[Tensor]], None]) -> Tensor:
+        """Let `transform` change the whole matrices of which `flat` [n] is this rank's share; returns this rank's share [n].
+
+        `flat` itself may be overwritten.
+        """
 
 
 class HybridOptimizer(torch.optim.Optimizer):
@@ -54,7 +57,7 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; the memory of a matrix's gradient then holds something else."""
         assert closure is None, "DeepSpeed computes the gradients"
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
@@ -74,29 +77,22 @@ class HybridOptimizer(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-            directions.append(torch.add(gradient, buffer, alpha=momentum))
-        whole = [i for i, p in enumerate(parameters) if p not in self.layouts]
-        for i, update in zip(whole, self._scaled_updates([directions[i] for i in whole]), strict=True):
-            directions[i] = update
-        for i, parameter in enumerate(parameters):
+            directions.append(gradient.add_(buffer, alpha=momentum))
+        self._update([d for p, d in zip(parameters, directions, strict=True) if p not in self.layouts])
+        for parameter, direction in zip(parameters, directions, strict=True):
             if parameter in self.layouts:
-                directions[i] = self.layouts[parameter].update(directions[i], self._scaled_updates)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(directions[i], alpha=-group["lr"])
+                direction = self.layouts[parameter].update(direction, self._update)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
-    def _scaled_updates(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Orthogonalise a list of [N, M] or [E, N, M], those of one shape together, and scale them to the update RMS."""
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for i, matrix in enumerate(matrices):
-            shapes.setdefault((min(matrix.shape[-2:]), max(matrix.shape[-2:])), []).append(i)
-        out: list[Tensor] = list(matrices)
-        for (low, high), members in shapes.items():
-            wide = [matrices[i].mT if matrices[i].shape[-2] > matrices[i].shape[-1] else matrices[i] for i in members]
-            counts = [math.prod(w.shape[:-2]) for w in wide]
-            stacked = orthogonalize(torch.cat([w.reshape(-1, low, high) for w in wide])) * (self.config.update_rms * math.sqrt(high))
-            for i, piece in zip(members, stacked.split(counts), strict=True):
-                tall = matrices[i].shape[-2] > matrices[i].shape[-1]
-                out[i] = (piece.mT if tall else piece).reshape(matrices[i].shape)
-        return out
+    def _update(self, matrices: Sequence[Tensor]) -> None:
+        """Turn directions [N, M] or [E, N, M], those of one shape together, into updates of the configured RMS, in place."""
+        shapes: dict[tuple[int, int], list[Tensor]] = {}
+        for matrix in matrices:
+            low, high = sorted(matrix.shape[-2:])
+            shapes.setdefault((low, high), []).append(matrix)
+        # The most numbers first: while a GPU is busy with them, its host launches the small ones, which take it longer than the GPU.
+        for (_, high), members in sorted(shapes.items(), key=lambda item: -sum(matrix.numel() for matrix in item[1])):
+            orthogonalize_(members, self.config.update_rms * math.sqrt(high))
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = self.config.betas

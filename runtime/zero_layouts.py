@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Transform = Callable[[list[Tensor]], list[Tensor]]
+Transform = Callable[[Sequence[Tensor]], None]
+"""Changes matrices in place."""
 
 
 @dataclass
@@ -30,19 +31,18 @@ class ContiguousLayout:
     process_group: Any
 
     def update(self, flat: Tensor, transform: Transform) -> Tensor:
-        """Transform the matrices that overlap this rank's slice `flat` [n]; returns the slice [n] of the result."""
+        """Transform the matrices that overlap this rank's slice `flat` [n], on one rank in place; returns the slice [n] of the result.
+
+        What lies between and behind the parameters is returned as it came.
+        """
         ranks, rank = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
         full = flat if ranks == 1 else flat.new_empty(flat.numel() * ranks)
         if ranks > 1:
             dist.all_gather_into_tensor(full, flat.contiguous(), group=self.process_group)
         low, high = rank * flat.numel(), (rank + 1) * flat.numel()
         mine = [(o, s) for o, s in zip(self.offsets, self.shapes, strict=True) if o < high and o + prod(s) > low]
-        updates = transform([full[o : o + prod(s)].view(s) for o, s in mine])
-        out = torch.zeros_like(flat)  # the padding between and behind parameters stays zero
-        for (offset, shape), update in zip(mine, updates, strict=True):
-            begin, end = max(offset, low), min(offset + prod(shape), high)
-            out[begin - low : end - low] = update.reshape(-1)[begin - offset : end - offset]
-        return out
+        transform([full[o : o + prod(s)].view(s) for o, s in mine])
+        return full[low:high]
 
 
 @dataclass
@@ -67,12 +67,12 @@ class ShardedLayout:
         full = gathered.view(ranks, -1)
         starts = [0, *accumulate(self.shards)]
         mine = range(rank, len(self.shapes), ranks)
-        whole = [full[:, starts[i] : starts[i + 1]].reshape(-1)[: prod(self.shapes[i])].view(self.shapes[i]) for i in mine]
+        padded = [full[:, starts[i] : starts[i + 1]].flatten() for i in mine]
+        transform([whole[: prod(self.shapes[i])].view(self.shapes[i]) for i, whole in zip(mine, padded, strict=True)])
         out = torch.zeros_like(full)
-        for i, update in zip(mine, transform(whole), strict=True):
-            padded = update.new_zeros(self.shards[i] * ranks)
-            padded[: update.numel()] = update.reshape(-1)
-            out[:, starts[i] : starts[i + 1]] = padded.view(ranks, -1)
+        for i, whole in zip(mine, padded, strict=True):
+            whole[prod(self.shapes[i]) :] = 0
+            out[:, starts[i] : starts[i + 1]] = whole.view(ranks, -1)
         dist.all_reduce(out, group=self.process_group)
         return out[rank]
 

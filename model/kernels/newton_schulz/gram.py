@@ -8,6 +8,8 @@ than the usual form in bf16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -23,20 +25,56 @@ TILES = {"TILE": 128, "PAIR": False, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Compute `op.orthogonalize` for matrices on a GPU, so many at a time that the working memory stays at a few times `AT_ONCE`."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = (matrices.mT if tall else matrices).reshape(-1, min(matrices.shape[-2:]), max(matrices.shape[-2:]))
-    out = torch.empty(wide.shape, dtype=matrices.dtype, device=matrices.device)
-    each = max(1, AT_ONCE // max(1, wide.shape[1] * wide.shape[2]))
-    for some, result in zip(wide.split(each), out.split(each), strict=True):
-        norm = torch.linalg.vector_norm(some, dim=(1, 2), keepdim=True, dtype=torch.promote_types(some.dtype, torch.float32))
-        x = torch.div(some, norm.clamp_min_(1e-30), out=torch.empty(some.shape, dtype=torch.float16, device=some.device))
+    """Compute `op.orthogonalize` for matrices on a GPU."""
+    out = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
+    _orthogonalize([_wide(matrices.contiguous())], [_wide(out)], 1.0)
+    return out
+
+
+def orthogonalize_(matrices: Sequence[Tensor], scale: float) -> None:
+    """Compute `op.orthogonalize_` for matrices on a GPU."""
+    wide = [_wide(each) for each in matrices]
+    _orthogonalize(wide, wide, scale)
+
+
+def _wide(matrices: Tensor) -> Tensor:
+    """View matrices [..., N, M], which are contiguous, as [B, low, high] with low <= high."""
+    flat = matrices.view(-1, *matrices.shape[-2:])
+    return flat.mT if flat.shape[1] > flat.shape[2] else flat
+
+
+def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
+    """Write `scale` times the orthogonalised sources [B, low, high] to the targets, which may be the same memory.
+
+    So many are iterated at a time that the working memory stays at a few times `AT_ONCE`.
+    """
+    for portion in _portions(sources, targets):
+        size = (sum(len(source) for source, _ in portion), *sources[0].shape[1:])
+        x = torch.empty(size, dtype=torch.float16, device=sources[0].device)
+        counts = [len(source) for source, _ in portion]
+        for (source, _), piece in zip(portion, x.split(counts), strict=True):
+            norm = torch.linalg.vector_norm(source, dim=(1, 2), keepdim=True, dtype=torch.promote_types(source.dtype, torch.float32))
+            torch.div(source, norm.clamp_min_(1e-30), out=piece)
         first = 0
         for steps in SEGMENTS:
             x = _segment(x, COEFFICIENTS[first : first + steps])
             first += steps
-        result.copy_(x)
-    return (out.mT if tall else out).reshape(matrices.shape)
+        factor = torch.full((1, 1, 1), scale, device=x.device)  # fp32, and of x's rank: times a number, x would be rounded to fp16 again
+        for (_, target), piece in zip(portion, x.split(counts), strict=True):
+            torch.mul(piece, factor, out=target)
+
+
+def _portions(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Cut and gather pairs of batches of one shape so that each portion has at most `AT_ONCE` numbers, or one matrix."""
+    most = max(1, AT_ONCE // max(1, sources[0].shape[1] * sources[0].shape[2]))
+    portion: list[tuple[Tensor, Tensor]] = []
+    for source, target in zip(sources, targets, strict=True):
+        for pair in zip(source.split(most), target.split(most), strict=True):
+            if sum(len(other) for other, _ in portion) + len(pair[0]) > most:
+                yield portion
+                portion = []
+            portion.append(pair)
+    yield portion
 
 
 def _segment(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from model.kernels.choice import implementation_for
@@ -26,3 +28,20 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     from model.kernels.newton_schulz import gram  # brings Triton, which a CPU does without
 
     return gram.orthogonalize(matrices)
+
+
+def orthogonalize_(matrices: Sequence[Tensor], scale: float) -> None:
+    """Replace matrices of one shape, or its transpose, by `scale` times what `orthogonalize` makes of each.
+
+    On a GPU no copy in their dtype is made: what is iterated is in fp16 and bounded, see `gram`.
+
+    Args:
+        matrices: at least one of [..., N, M] or [..., M, N], float, contiguous, each overwritten.
+        scale: the factor.
+    """
+    if implementation_for(matrices[0]) == "reference":
+        reference.orthogonalize_(matrices, scale)
+        return
+    from model.kernels.newton_schulz import gram  # brings Triton, which a CPU does without
+
+    gram.orthogonalize_(matrices, scale)

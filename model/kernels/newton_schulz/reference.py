@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x.reshape(-1, *x.shape[-2:])
     x = torch.cat([_iterate(part) for part in x.split(max(1, CHUNK // x[0].numel()))])
     return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def orthogonalize_(matrices: Sequence[Tensor], scale: float) -> None:
+    """Replace matrices of one shape, or its transpose, by `scale` times what `orthogonalize` makes of each.
+
+    Args:
+        matrices: [..., N, M] or [..., M, N] float, each overwritten.
+        scale: the factor.
+    """
+    wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in matrices]
+    stacked = orthogonalize(torch.cat([w.reshape(-1, *w.shape[-2:]) for w in wide])) * scale
+    for w, piece in zip(wide, stacked.split([prod(w.shape[:-2]) for w in wide]), strict=True):
+        w.copy_(piece.view(w.shape))
 
 
 def _iterate(x: Tensor) -> Tensor:
