@@ -1,9 +1,12 @@
 """Muon orthogonalises each matrix on its own; the rest follows torch's AdamW."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from model.kernels.newton_schulz.op import orthogonalize
+from model.kernels.newton_schulz.op import orthogonalize, orthogonalize_
+from runtime import zero_layouts
 from runtime.config import OptimizerConfig
 from runtime.optim import HybridOptimizer
 from runtime.schedule import learning_rate
@@ -36,6 +39,61 @@ def test_first_muon_step_follows_the_papers_formula_for_each_expert_alone():
         torch.testing.assert_close(parameter[expert].detach(), expected)
     rms = ((start * 0.95 - parameter.detach()) / 0.1).square().mean().sqrt()
     assert 0.15 < rms / 0.18 * (6 / 6) ** 0.5 < 1.1  # sqrt(max) * O of a 4x6 matrix has RMS 1
+
+
+def test_orthogonalizing_in_place_is_orthogonalizing_each():
+    shapes = [(5, 12), (12, 5), (3, 12, 5), (2, 2, 5, 12)]
+    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(6)) for shape in shapes]
+    wanted = [0.3 * orthogonalize(matrix) for matrix in matrices]
+    orthogonalize_(matrices, 0.3)
+    for matrix, want in zip(matrices, wanted, strict=True):
+        torch.testing.assert_close(matrix, want)
+
+
+def test_matrices_of_many_shapes_are_updated_as_each_alone():
+    config = OptimizerConfig(lr=0.1, weight_decay=0.5)
+    generator = torch.Generator().manual_seed(7)
+    starts = [torch.randn(shape, generator=generator) for shape in [(4, 6), (6, 4), (3, 4, 6), (8, 8), (2, 6, 4), (4, 7)]]
+    together, alone = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    optimizers = [HybridOptimizer([(f"w{i}", p) for i, p in enumerate(together)], config)]
+    optimizers += [HybridOptimizer([(f"w{i}", p)], config) for i, p in enumerate(alone)]
+    for _ in range(3):
+        for a, b in zip(together, alone, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_ranks_share_of_a_buffer_holds_whole_matrices_updates_and_the_gaps_stay(ranks, monkeypatch):
+    shapes, offsets = [torch.Size(s) for s in [(3, 4), (2, 2, 5), (7, 2)]], [0, 16, 40]
+    buffer = torch.randn(60, generator=torch.Generator().manual_seed(8))
+    expected = buffer.clone()
+    for offset, shape in zip(offsets, shapes, strict=True):
+        piece = expected[offset : offset + shape.numel()]
+        piece.copy_(2 * piece + len(shape))
+    layout = zero_layouts.ContiguousLayout(shapes, offsets, None)
+
+    def transform(matrices):
+        for matrix in matrices:
+            matrix.mul_(2).add_(matrix.ndim)
+
+    for rank, share in enumerate(buffer.chunk(ranks)):
+        fake = SimpleNamespace(
+            get_world_size=lambda _: ranks,
+            get_rank=lambda _, rank=rank: rank,
+            all_gather_into_tensor=lambda out, *_, **__: out.copy_(buffer),
+        )
+        monkeypatch.setattr(zero_layouts, "dist", fake)
+        assert torch.equal(layout.update(share.clone(), transform), expected.chunk(ranks)[rank])
+
+
+def test_a_zero_optimizer_without_flat_slices_is_refused():
+    with pytest.raises(ValueError, match="grad_accum_dtype"):
+        zero_layouts.layouts_of(SimpleNamespace(), 1)
 
 
 def test_vectors_embedding_and_head_follow_torch_adamw():

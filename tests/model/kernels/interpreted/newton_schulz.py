@@ -41,6 +41,26 @@ def test_orthogonalize(shape):
     assert float((got - want).norm() / want.norm()) < 5e-3
 
 
+@pytest.mark.parametrize("at_once", [1, 3 * 20 * 30, 1 << 28], ids=["one_by_one", "three", "all"])
+def test_matrices_in_place(at_once, monkeypatch):
+    monkeypatch.setattr(gram, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    shapes = [(20, 30), (4, 30, 20), (5, 20, 30), (2, 2, 30, 20), (30, 20)]
+    matrices = [torch.randn(shape) for shape in shapes]
+    wanted = [0.7 * reference.orthogonalize(matrix.double()) for matrix in matrices]
+    op.orthogonalize_(matrices, 0.7)
+    for matrix, want in zip(matrices, wanted, strict=True):
+        assert float((matrix - want).norm() / want.norm()) < 5e-3
+
+
+def test_a_scale_is_not_rounded_to_what_is_iterated():
+    alone = torch.randn(2, 8, 12)
+    scaled = alone.clone()
+    op.orthogonalize_([alone], 1.0)
+    op.orthogonalize_([scaled], 0.1)
+    assert torch.equal(scaled, alone * 0.1)
+
+
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 0.0], ids=str)
 def test_no_spectrum_makes_it_diverge(smallest):
     torch.manual_seed(1)
