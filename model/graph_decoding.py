@@ -155,7 +155,8 @@ class GraphDecoder:
         step.cache.positions.copy_(kept[0])
         step.outbox.copy_(kept[1])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # What other threads ask of the GPU meanwhile, such as NCCL's watchdog about its events, must not end the capture.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             step.run(size)
         logger.info("decoding %d rows of up to %d tokens: captured in %.2f s", size, step.capacity, time.perf_counter() - began)
         return graph

@@ -113,6 +113,7 @@ class Generator:
             decode_speculatively(rows, logits, self.model, cache.select(source), turns)
         elif decoding is None:
             self._graphs.start(cache, source, temperature=sampling.temperature)
+            del cache  # copied; with one sample a prompt it is as large as what the graphs work on
             self._advance(rows, logits, turns)
             decode_ahead(rows, self._graphs, turns)
         else:

@@ -235,10 +235,11 @@ WIDE = replace(
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("rows", [6, 40])
-def test_a_graph_gives_what_decode_gives(rows: int) -> None:
-    """In fp32, for tiles of few rows and of many."""
+@pytest.mark.parametrize(("rows", "experts"), [(6, False), (40, False), (40, True)], ids=str)
+def test_a_graph_gives_what_decode_gives(rows: int, experts: bool) -> None:
+    """In fp32, for tiles of few rows and of many, with experts as they are and in FP4."""
     model, prompts = _model(WIDE).cuda(), [*PROMPTS, *range(1, 35)][:rows]
+    model.quantize(experts=experts)
     cache, decoder = _filled(model, prompts, capacity=240), GraphDecoder(model)
     assert not hindrance(model)
     decoder.start(cache, torch.arange(rows, device="cuda"), temperature=1.0)

@@ -107,6 +107,22 @@ def test_one_generator_serves_calls_of_all_kinds(generator: Generator, monkeypat
                 parameter.mul_(1.05)
 
 
+@pytest.mark.parametrize("experts", [False, True], ids=["plain", "experts in FP4"])
+def test_log_probs_are_those_of_a_training_pass(generator: Generator, monkeypatch: pytest.MonkeyPatch, experts: bool) -> None:
+    generator.model.quantize(experts=experts)
+    sampling = SamplingConfig(max_new_tokens=60, max_turns=3, rows=64, temperature=1.0)
+    made = _samples(generator, sampling, ahead=True, monkeypatch=monkeypatch)
+    tokens, cu_seqlens = (
+        torch.tensor([t for sample in made for t in sample[0]]),
+        torch.tensor([0, *(len(sample[0]) for sample in made)]).cumsum(0),
+    )
+    with torch.no_grad():
+        logprobs = torch.log_softmax(generator.model.head(generator.model(tokens, cu_seqlens).last), -1)
+    where = torch.tensor([flag for sample in made for flag in sample[1]]).nonzero()[:, 0]
+    stated = torch.tensor([value for sample in made for value in sample[3]])[where]
+    torch.testing.assert_close(logprobs[where - 1, tokens[where]], stated, atol=1e-4, rtol=0)
+
+
 def test_what_decodes_is_said_once_and_again_when_it_changes(
     generator: Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
