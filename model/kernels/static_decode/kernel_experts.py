@@ -7,6 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _chosen(indices, pair, pairs):
+    """Load the experts of some pairs; the last one's where no expert has the number (the router's of NaN): every pair needs a place."""
+    return tl.where(pair < pairs, tl.minimum(tl.load(indices + pair, pair < pairs, 0), tl.num_programs(0) - 1), 1 << 30)
+
+
+@triton.jit
 def group(indices, order, slots, ends, pairs, BLOCK: tl.constexpr):
     """Put the pairs of this program's expert behind those of the experts before it, in their order.
 
@@ -18,10 +24,10 @@ def group(indices, order, slots, ends, pairs, BLOCK: tl.constexpr):
     place = 0
     for start in range(0, pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
-        place += tl.sum((tl.load(indices + pair, pair < pairs, 1 << 30) < expert).to(tl.int32), 0)
+        place += tl.sum((_chosen(indices, pair, pairs) < expert).to(tl.int32), 0)
     for start in range(0, pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
-        mine = tl.load(indices + pair, pair < pairs, 1 << 30) == expert
+        mine = _chosen(indices, pair, pairs) == expert
         at = place + tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(order + at, pair.to(tl.int64), mine)
         tl.store(slots + pair, at.to(tl.int64), mine)

@@ -102,6 +102,11 @@ def test_group(tokens: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert ends.tolist() == torch.searchsorted(chosen, torch.arange(experts), right=True).tolist()
 
 
+def test_group_gives_every_pair_a_place_whatever_the_router_says() -> None:
+    order, slots, ends = fused_experts.grouped(torch.tensor([[0, 7], [2, 5], [7, 1]]), 5)
+    assert order.tolist() == [0, 5, 2, 1, 3, 4] and slots[order].tolist() == list(range(6)) and ends.tolist() == [1, 2, 3, 3, 6]
+
+
 @pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 3, 2), (37, 6, 2), (50, 4, 1)], ids=str)
 def test_experts(tokens: int, experts: int, active: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
