@@ -7,9 +7,9 @@ bf16 without autocast, which is the faster way for it; it generates all samples 
 
 Then supervised batches: forward, backward and optimizer. MFU counts 6 FLOPs a token and active parameter (attention's projections, the
 chosen and the shared expert, router, compressors, mHC's maps, head; not the embedding, no MTP) against the data sheet's peak; beside it the
-same with core attention's products, and MFU against an 8192^3 product measured here.
+same with core attention's products, and MFU against an 8192^3 product measured here. With --profile, where a supervised step's time goes.
 
-    python benchmarks/bench_grpo_gpu.py [--rounds 2] [--rows 512] [--row-tokens 32768] [--skip-trl]
+    python benchmarks/bench_grpo_gpu.py [--rounds 2] [--rows 512] [--row-tokens 32768] [--skip-trl] [--profile]
     python benchmarks/bench_grpo_gpu.py --tiny    on a CPU in fp32, to check the program
 """
 
@@ -22,23 +22,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from grpo_setting import LEARNING_RATE, Setting, architecture, make_prompts, reward, write_model
+from grpo_table import Clock, report
+from step_profile import profile_step
 
 from domains.config import DomainConfig
 from domains.types import Prompt, Sample, Verdict
-from model.config import ModelConfig
-from model.efficiency import parts
 from rl.advantages import group_advantages
 from rl.config import GrpoConfig
 from rl.job import GrpoJob
 from rl.loop import update
 from runtime import cluster
-from runtime.batch import PackedSample, pack
+from runtime.batch import Batch, PackedSample, pack
 from runtime.cluster import RayGroup
 from runtime.config import ClusterConfig, EngineConfig, EvaluationConfig, OptimizerConfig, SamplingConfig
 from runtime.generation.conversation import prompt_tokens
@@ -51,31 +50,8 @@ from runtime.trainer import Trainer
 if TYPE_CHECKING:
     from trl_step import TrlGrpo
 
-H200_BF16 = 989e12
-"""FLOP/s, dense bf16. Source: NVIDIA H200 data sheet (half of the figure with sparsity)."""
 OURS_A_ROUND = 3
 TRAINED = LossSpec("experts.loss:cross_entropy", balance_weight=1e-4)
-
-
-class Clock:
-    """Seconds, and most bytes allocated on the GPU, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self.peaks: dict[str, int] = {}
-
-    def measure(self, name: str, run: Callable[[], int], *, counts: bool) -> None:
-        """Time `run`, which returns when the GPU is done, with the bytes."""
-        began = time.perf_counter()
-        peak = run()
-        self.note(name, time.perf_counter() - began, peak, counts=counts)
-
-    def note(self, name: str, seconds: float, peak: int, *, counts: bool) -> None:
-        """Keep what was measured."""
-        print(f"{name} {seconds:.3f} s{'' if counts else ' (warm-up)'}", flush=True)
-        if counts:
-            self.seconds.setdefault(name, []).append(seconds)
-            self.peaks[name] = max(peak, self.peaks.get(name, 0))
 
 
 def settled(_: Any = None) -> int:
@@ -149,12 +125,16 @@ class Ours:
         self.shares.append((times[1] - times[0], times[2] - times[1], times[3] - times[2]))
         return peak
 
-    def supervised(self, tokens: int) -> Callable[[], int]:
-        """Return a step on a supervised batch of `tokens` tokens: forward, backward and optimizer."""
+    def rows(self, tokens: int) -> list[Batch]:
+        """Return a supervised batch of `tokens` tokens, drawn at random."""
         generator = torch.Generator().manual_seed(2)
         length, vocabulary = self.setting.length, self.setting.config.vocab_size
         drawn = torch.randint(5, vocabulary, (tokens // length, length), generator=generator).tolist()
-        rows = pack([PackedSample(row, [False] + [True] * (length - 1)) for row in drawn], row_tokens=self.setting.row_tokens)
+        return pack([PackedSample(row, [False] + [True] * (length - 1)) for row in drawn], row_tokens=self.setting.row_tokens)
+
+    def supervised(self, tokens: int) -> Callable[[], int]:
+        """Return a step on a supervised batch of `tokens` tokens: forward, backward and optimizer."""
+        rows = self.rows(tokens)
 
         def step() -> int:
             self.trainer.forward_backward(rows, TRAINED)
@@ -162,6 +142,10 @@ class Ours:
             return self.settled()
 
         return step
+
+    def profile(self, tokens: int) -> str:
+        """Say where the time of such a step goes in the rank's process."""
+        return ray.get(self.group._actors[0].__ray_call__.remote(profile_step, self.rows(tokens), TRAINED, LEARNING_RATE))
 
     def close(self) -> None:
         """End the rank and Ray."""
@@ -204,77 +188,20 @@ class Rounds:
         self.done += 1
 
 
-def flops_a_token(config: ModelConfig, length: int) -> tuple[int, float]:
-    """Count the training FLOPs of a token: 6 an active parameter, and that plus core attention's products over a sample of `length`."""
-    dense = 6 * sum(part.active for part in parts(config, 1) if part.params and part.macs)
-    attention = [sum(part.macs for part in parts(config, t) if part.name == "keys and values") for t in range(1, length + 1)]
-    return dense, dense + 6 * sum(attention) / length
-
-
-def measured_product() -> float:
-    """Return the FLOP/s of a bf16 product of 8192^3 after half a second of it."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for event, repeats in ((start, 200), (end, 100)):
-        for _ in range(repeats):
-            a @ b.T
-        event.record()
-    torch.cuda.synchronize()
-    return 100 * 2 * 8192**3 / (start.elapsed_time(end) * 1e-3)
-
-
-def report(ours: Ours, clock: Clock, setting: Setting) -> str:
-    """Lay out medians, tokens a second, MFU, what the step consists of, and the ratio to TRL."""
-    product = measured_product() if setting.device == "cuda" else float("nan")
-    dense, whole = flops_a_token(setting.config, setting.length)
-    size = sum(p.params for p in parts(setting.config, 1))
-    lines = [
-        f"{size / 1e6:.0f}M parameters, {dense / 6e6:.0f}M active in products; "
-        f"a step: {setting.prompts} prompts x {setting.samples} samples x ({setting.prompt_tokens} + {setting.new_tokens}) tokens, "
-        f"{setting.rows} decoded at once, rows of {setting.row_tokens}; supervised samples of {setting.length}; "
-        f"measured product {product / 1e12:.0f} TFLOP/s",
-        f"{'':24}{'median s':>10}{'min s':>9}{'max s':>9}{'tokens/s':>11}{'MFU':>8}{'+attn':>8}{'of prod.':>10}{'peak GiB':>10}{'n':>4}",
-    ]
-    middle = {name: median(seconds) for name, seconds in clock.seconds.items()}
-    for name, seconds in clock.seconds.items():
-        tokens = int(name.split()[-1]) if name.startswith("supervised") else setting.sampled
-        rate = tokens / middle[name]
-        shares = f"{rate * dense / H200_BF16:8.1%}{rate * whole / H200_BF16:8.1%}{rate * dense / product:10.1%}"
-        blank = " " * 26
-        lines.append(
-            f"{name:24}{middle[name]:10.3f}{min(seconds):9.3f}{max(seconds):9.3f}{rate:11.0f}"
-            f"{shares if name.startswith('supervised') else blank}{clock.peaks[name] / 2**30:10.1f}{len(seconds):4}"
-        )
-    generate, grade, train = (median(column) for column in zip(*ours.shares))
-    total = generate + grade + train
-    lines.append(
-        f"our step: generate {generate:.3f} s ({generate / total:.0%}), grade {grade:.3f} s ({grade / total:.0%}), train {train:.3f} s "
-        f"({train / total:.0%}); largest mismatch KL {ours.mismatch:.2g} nats"
-    )
-    if "TRL step" in middle:
-        lines.append(f"GRPO step {middle['TRL step'] / middle['our step']:.1f} x as fast as TRL's")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Run everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="measured rounds, after one that warms up")
-    parser.add_argument("--rows", type=int, default=512, help="samples decoded at once")
-    parser.add_argument("--row-tokens", type=int, default=32768, help="tokens of a packed row")
-    parser.add_argument("--skip-trl", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="conf/model/tiny.yaml in fp32 on a CPU: to check the program")
-    arguments = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def read_setting(arguments: argparse.Namespace) -> Setting:
+    """Return what is timed: the `small` model, or the tiny one on a CPU."""
     setting = Setting(architecture("small"), rows=arguments.rows, row_tokens=arguments.row_tokens)
-    if arguments.tiny:
-        setting = replace(
-            setting, config=architecture("tiny"), prompts=4, samples=4, prompt_tokens=32, new_tokens=8, rows=16, row_tokens=1024,
-            accumulate=2, batches=(1024, 2048), length=256, device="cpu",
-        )  # fmt: skip
-    elif not torch.cuda.is_available():
-        parser.error("no GPU here; --tiny checks the program on a CPU")
-    began = time.perf_counter()
+    if not arguments.tiny:
+        return setting
+    return replace(
+        setting, config=architecture("tiny"), prompts=4, samples=4, prompt_tokens=32, new_tokens=8, rows=16, row_tokens=1024,
+        accumulate=2, batches=(1024, 2048, 4096), length=256, device="cpu",
+    )  # fmt: skip
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Run everything and print the table, and the profile where it is wanted."""
+    setting, began = read_setting(arguments), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         directory, clock = Path(temporary), Clock()
         tokenizer = write_model(directory, setting.config)
@@ -293,9 +220,26 @@ def main() -> None:
             step = ours.supervised(tokens)
             for turn in range(2 + 2 * OURS_A_ROUND):
                 clock.measure(f"supervised {tokens}", step, counts=turn > 1)
+        profiled = "\n" + ours.profile(setting.batches[1]) if arguments.profile else ""
         ours.close()
         print(f"all in {time.perf_counter() - began:.0f} s", flush=True)
-        print(report(ours, clock, setting))
+        print(report(clock, setting, ours.shares, mismatch_nats=ours.mismatch) + profiled)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="measured rounds, after one that warms up")
+    parser.add_argument("--rows", type=int, default=512, help="samples decoded at once")
+    parser.add_argument("--row-tokens", type=int, default=32768, help="tokens of a packed row")
+    parser.add_argument("--skip-trl", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="say where the time of a supervised step goes")
+    parser.add_argument("--tiny", action="store_true", help="conf/model/tiny.yaml in fp32 on a CPU: to check the program")
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("no GPU here; --tiny checks the program on a CPU")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bench(arguments)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Setting:
     rows: int = 512
     row_tokens: int = 32768
     accumulate: int = 4
-    batches: tuple[int, ...] = (32768, 65536)
+    batches: tuple[int, ...] = (32768, 65536, 131072)
     length: int = 512
     device: str = "cuda"
 
@@ -61,8 +61,10 @@ class Setting:
 
     @property
     def deepspeed(self) -> dict[str, Any]:
-        """DeepSpeed's keys."""
-        return {"zero_optimization": {"stage": 1}, "bf16": {"enabled": self.device == "cuda"}}
+        """DeepSpeed's keys: on a GPU those that the pipeline runs with."""
+        if self.device == "cpu":
+            return {"zero_optimization": {"stage": 1}}
+        return yaml.safe_load((ROOT / "conf/engine/gpu.yaml").read_text())["deepspeed"]
 
 
 def reward(tokens: Sequence[int]) -> float:
