@@ -136,6 +136,14 @@ def test_choose(words: int, temperature: float, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(results[1], results[3], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_choose_names_a_token_whatever_the_logits_are(temperature: float) -> None:
+    logits, tokens = torch.full((2, 9), float("nan")), torch.full((2,), -1, dtype=torch.int32)
+    logits[1, :4] = 1.0
+    fused.choose(logits, torch.tensor([0.5, 0.9]), torch.tensor([temperature]), tokens, torch.empty(2))
+    assert all(0 <= token < 9 for token in tokens.tolist())
+
+
 def test_a_whole_step_of_rows_at_all_kinds_of_positions() -> None:
     config = ModelConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, head_dim=16, qk_rope_head_dim=8, q_lora_rank=24,
