@@ -15,7 +15,7 @@ from model.kernels.indexer.op import select
 from model.kernels.logprob.op import token_logprobs
 from model.kernels.logprob.reference import token_logprobs as plain_token_logprobs
 from model.kernels.newton_schulz import reference as newton_schulz_reference
-from model.kernels.newton_schulz.op import orthogonalize
+from model.kernels.newton_schulz.op import orthogonalize, orthogonalize_
 from model.kernels.reverse_kl.op import reverse_kl
 from model.kernels.reverse_kl.reference import reverse_kl as plain_reverse_kl
 from model.layout import PackedRow
@@ -120,6 +120,18 @@ def test_newton_schulz(shape):
     matrices = torch.randn(shape, device="cuda").bfloat16()
     want = newton_schulz_reference.orthogonalize(matrices.double())
     check([orthogonalize(matrices)], [newton_schulz_reference.orthogonalize(matrices)], [want])
+
+
+def test_newton_schulz_in_place():
+    flat = torch.randn(4 * 640 * 2048 + 8, device="cuda")
+    pieces = flat[8:].split([640 * 2048, 640 * 2048, 2 * 640 * 2048])
+    shapes = [(640, 2048), (2048, 640), (2, 2048, 640)]
+    matrices = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    gap, wanted = flat[:8].clone(), [0.3 * newton_schulz_reference.orthogonalize(matrix.double()) for matrix in matrices]
+    orthogonalize_(matrices, 0.3)
+    for matrix, want in zip(matrices, wanted, strict=True):
+        assert float((matrix - want).norm() / want.norm()) < 5e-3
+    assert torch.equal(flat[:8], gap)
 
 
 @pytest.mark.parametrize("lengths", [[1], [2900, 17, 3, 2777, 1], [9000]], ids=str)
