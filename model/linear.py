@@ -45,19 +45,23 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, groups * inputs] to [T, groups * outputs]."""
         if implementation_for(x) == "triton":
-            return _Grouped.apply(x.view(len(x), self.groups, -1), self.weight.view(self.groups, -1, x.shape[1] // self.groups)).flatten(1)
+            return _Grouped.apply(x.view(len(x), self.groups, -1), self.weight).flatten(1)
         parts = zip(x.chunk(self.groups, 1), self.weight.chunk(self.groups))
         return torch.cat([functional.linear(part, weight) for part, weight in parts], 1)
 
 
 class _Grouped(torch.autograd.Function):
-    """out[t, g] = x[t, g] @ weight[g]^T as batched products that read and write where the numbers lie: [T, G, I] to [T, G, O]."""
+    """out[t, g] = x[t, g] @ weight[g]^T as batched products that read and write where the numbers lie: [T, G, I] to [T, G, O].
+
+    Keeps the weight itself, [G * O, I], and no view of it, which would hold its memory when ZeRO 3 drops it between forward and backward.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out = x.new_empty(len(x), *weight.shape[:2])
-        torch.bmm(x.transpose(0, 1), weight.mT, out=out.transpose(0, 1))
+        by_group = weight.unflatten(0, (x.shape[1], -1))  # [G, O, I]
+        out = x.new_empty(len(x), *by_group.shape[:2])
+        torch.bmm(x.transpose(0, 1), by_group.mT, out=out.transpose(0, 1))
         return out
 
     @staticmethod
@@ -65,5 +69,5 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         dx, by_group = torch.empty_like(x), grad.transpose(0, 1)  # [G, T, O]
-        torch.bmm(by_group, weight, out=dx.transpose(0, 1))
-        return dx, torch.bmm(by_group.mT, x.transpose(0, 1))
+        torch.bmm(by_group, weight.unflatten(0, (x.shape[1], -1)), out=dx.transpose(0, 1))
+        return dx, torch.bmm(by_group.mT, x.transpose(0, 1)).flatten(0, 1)
