@@ -27,7 +27,8 @@ class MLA(nn.Module):
     """Attend with H query heads to the latents of the selected tokens.
 
     [c | k_r] = x W_kv_a; a head's key is [W_k c | rope(k_r)] and its value W_v c, (W_k | W_v) = `wkv_b`. Heads are never expanded: queries
-    go through W_k and outputs through W_v instead, so that one vector a token, [c | rope(k_r)], serves all heads as key and value.
+    go through W_k and outputs through W_v instead, so that one vector a token, [c | rope(k_r)], serves all heads as key and value. The
+    release's is 576 wide, no power of two: packed rows are attended to in plain torch on a GPU too, see `sparse_attention`.
 
     Attributes:
         wq_a, wq_b: the query's way through its latent, whose norm `q_norm` the indexer shares.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from model.config import ModelConfig
+from model.kernels.choice import choose
 from model.kernels.experts import reference as experts_reference
 from model.kernels.experts.op import routed_experts
 from model.kernels.hyper_connections import op as hyper_op
@@ -19,10 +21,19 @@ from model.kernels.sparse_attention import blocked
 from model.kernels.sparse_attention import reference as attention_reference
 from model.kernels.sparse_attention.op import sparse_attention
 from model.layout import PackedRow
+from model.linear import GroupedLinear
 
 CONFIG = ModelConfig(
     num_hidden_layers=2, compress_ratios=[4, 128], num_nextn_predict_layers=0, head_dim=16, qk_rope_head_dim=8, sliding_window=24
 )
+
+
+@pytest.fixture
+def as_on_a_gpu() -> Iterator[None]:
+    """Take the way that a GPU takes; these tests get along without a kernel on it."""
+    choose("triton")
+    yield
+    choose(None)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 20])
@@ -108,6 +119,31 @@ def test_sparse_attention_refuses_wrong_shapes() -> None:
     row = PackedRow(CONFIG, torch.tensor([0, 9]), 9)
     with pytest.raises(ValueError, match="ckv"):
         sparse_attention(torch.zeros(9, 2, 16), torch.zeros(9, 16), torch.zeros(3, 16), None, torch.zeros(2), row=row, ratio=4)
+
+
+def test_heads_without_kernels_are_attended_to_in_plain_torch_and_the_log_says_so_once(
+    as_on_a_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = PackedRow(CONFIG, torch.tensor([0, 9]), 9)
+    q, kv, sink = torch.randn(9, 2, 24), torch.randn(9, 24), torch.zeros(2)
+    out = [sparse_attention(q, kv, None, None, sink, row=row, ratio=0) for _ in range(2)]
+    for each in out:
+        torch.testing.assert_close(each, attention_reference.sparse_attention(q, kv, None, None, sink, row=row, ratio=0))
+    assert caplog.text.count("heads of 24 channels") == 1
+
+
+def test_grouped_products_keep_the_weight_itself(as_on_a_gpu: None) -> None:
+    torch.manual_seed(3)
+    grouped = GroupedLinear(12, 5, 3)
+    torch.nn.init.normal_(grouped.weight)
+    x, grad = torch.randn(7, 36, requires_grad=True), torch.randn(7, 15)
+    out = grouped(x)
+    assert any(kept is grouped.weight for kept in out.grad_fn.next_functions[0][0].saved_tensors)
+    got = (out, *torch.autograd.grad(out, (x, grouped.weight), grad))
+    choose("reference")
+    out = grouped(x)
+    for each, want in zip(got, (out, *torch.autograd.grad(out, (x, grouped.weight), grad)), strict=True):
+        torch.testing.assert_close(each, want)
 
 
 def test_top_entries_breaks_ties_to_the_lower_number() -> None:

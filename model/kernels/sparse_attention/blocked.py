@@ -1,4 +1,4 @@
-"""Sparse attention on a CPU: query blocks against one contiguous block of keys each, so that all arithmetic is matrix products.
+"""Sparse attention in plain torch: query blocks against one contiguous block of keys each, so that all arithmetic is matrix products.
 
 A block of queries shares its keys: the tokens its windows reach, the compressed entries of the samples it touches, and a zero
 key for the sink, whose score column is overwritten by the sink's logit and which contributes nothing to the values.

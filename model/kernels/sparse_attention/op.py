@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 from torch import Tensor
 
 from model.kernels.choice import implementation_for
 from model.kernels.sparse_attention.blocked import BlockedAttention
 from model.layout import PackedRow
+
+logger = logging.getLogger(__name__)
 
 
 def sparse_attention(
@@ -16,6 +21,9 @@ def sparse_attention(
 
     o_th = sum_j exp(s_thj) k_j / (sum_j exp(s_thj) + exp(sink_h)), s_thj = q_th . k_j / sqrt(K), over the keys j of the same
     sample that are among the last `row.window` tokens up to t, and over the selected compressed entries; keys are the values.
+
+    The kernels take heads of a power of two of at least 16 channels. Others, V3.2's 576 among them, are attended to in plain torch, on a
+    GPU as on a CPU; the log says so once.
 
     Args:
         q: [T, H, K] queries of the packed row.
@@ -42,9 +50,17 @@ def sparse_attention(
     if got != expected:
         raise ValueError(f"sparse_attention: got shapes {got}, expected {expected}")
     inputs = (q, kv, ckv, sink, indices, row, ratio if ckv is not None else 0)
-    width = q.shape[2]
-    if implementation_for(q) != "triton" or width < 16 or width & (width - 1):  # the kernels' tiles are powers of two wide
+    if implementation_for(q) == "reference" or not _has_kernels(q.shape[2]):
         return BlockedAttention.apply(*inputs)
     from model.kernels.sparse_attention import fused  # brings Triton, which a CPU does without
 
     return fused.FusedAttention.apply(*inputs)
+
+
+@cache
+def _has_kernels(width: int) -> bool:
+    """Say whether heads of so many channels have kernels, whose tiles are powers of two wide; log it where they have not."""
+    if width >= 16 and not width & (width - 1):
+        return True
+    logger.warning("sparse attention: heads of %d channels have no Triton kernels and run in plain torch", width)
+    return False
