@@ -76,18 +76,17 @@ class PackedRow:
         device: torch.device | None = None,
     ) -> None:
         """Lay a row out where `cu_seqlens` is, and put the layout on `device`: from the host to a GPU nothing waits for anything."""
-        cu = cu_seqlens.to(torch.int64)
-        self._device = cu.device if device is None else device
+        cu, here = cu_seqlens.to(torch.int64), cu_seqlens.device
+        self._device = here if device is None else device
         lengths = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != length or bool((lengths <= 0).any()):
             raise ValueError(
                 f"cu_seqlens: got {cu.tolist()[:8]}... for {length} tokens, expected an increasing list from 0 to the token count"
             )
-        device = cu.device
         self.cu_seqlens, self.length, self.lengths = cu, length, lengths
         self.window = config.sliding_window
-        self.sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=length)
-        self.position = torch.arange(length, device=device) - cu[self.sample]
+        self.sample = torch.repeat_interleave(torch.arange(len(lengths), device=here), lengths, output_size=length)
+        self.position = torch.arange(length, device=here) - cu[self.sample]
         self.indexer, self.indexer_losses = indexer, list[Tensor]()
         self.source = source
         self.origin = None if source is None else _origins(source)
