@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 from collections.abc import Sequence
@@ -32,12 +33,18 @@ from runtime.optim import HybridOptimizer
 from runtime.spec import EngineSpec, LossSpec
 from runtime.zero_layouts import layouts_of
 
+logger = logging.getLogger(__name__)
+
+SKIPPED_IN_A_ROW = 3
+"""Steps without finite gradients that are skipped before the run is given up."""
+
 
 class Engine:
     """One rank. Every method is called on all ranks together, each with its own share."""
 
     def __init__(self, spec: EngineSpec, rank: int = 0) -> None:
         self.spec, self.rank = spec, rank
+        self._skipped = 0
         torch.set_num_threads(spec.threads)
         choose(None if spec.kernels == "auto" else spec.kernels)
         prefer_onednn()
@@ -58,6 +65,10 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         } | spec.deepspeed
+        if self.dtype == torch.bfloat16:
+            # DeepSpeed looks at every gradient on its own, some 1700 launches a step; below stage 2 `_gradients_are_finite` is enough.
+            sharded = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) >= 2
+            config["bf16"] = {"check_grad_overflow": sharded} | spec.deepspeed["bf16"]
         self.deepspeed, *_ = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=config)
         self.stage = self.deepspeed.zero_optimization_stage()
         self.optimizer = optimizer
@@ -86,18 +97,50 @@ class Engine:
         return {name: sum(map(float, values)) for name, values in measured.items()}
 
     def optim_step(self, lr: float, router_bias_speed: float = 0.0) -> dict[str, float]:
-        """Apply the accumulated gradients with this learning rate, then nudge the routers' biases."""
+        """Apply the accumulated gradients with this learning rate, then nudge the routers' biases.
+
+        A step whose gradients are not finite changes nothing; it is counted in `actor/skipped`.
+
+        Raises:
+            RuntimeError: that happened in `SKIPPED_IN_A_ROW` steps one after the other.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        applied = self._gradients_are_finite()
+        if applied:
+            self.deepspeed.step()
+            applied = self.deepspeed.was_step_applied()
         self.deepspeed.zero_grad()
-        if router_bias_speed:
+        self._count_skipped(applied)
+        if router_bias_speed and applied:
             load = self.model.router_load()
             if self.spec.ranks > 1:
                 dist.all_reduce(load)
             self.model.update_router_bias(router_bias_speed, load)
-        norm = self.deepspeed.get_global_grad_norm()  # ZeRO computes it; at stage 0 DeepSpeed clips without telling
-        return {"actor/lr": lr} | ({} if norm is None else {"actor/grad_norm": float(norm)})
+        norm = self.deepspeed.get_global_grad_norm() if applied else None  # at stage 0 DeepSpeed clips without telling
+        measured = {} if norm is None else {"actor/grad_norm": float(norm)}
+        return {"actor/lr": lr} | measured | ({} if applied else {"actor/skipped": 1.0})
+
+    def _gradients_are_finite(self) -> bool:
+        """Say whether all ranks' gradients are finite; from stage 2 on they are gone by now, and DeepSpeed has looked at them."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.stage >= 2 or not gradients:
+            return True
+        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if self.spec.ranks > 1:
+            dist.all_reduce(found := finite.float(), op=dist.ReduceOp.MIN)
+            return bool(found)
+        return bool(finite)
+
+    def _count_skipped(self, applied: bool) -> None:
+        self._skipped = 0 if applied else self._skipped + 1
+        if not applied:
+            logger.warning("gradients that are not finite: this step changes nothing (%d in a row)", self._skipped)
+        if self._skipped == SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"the gradients of {SKIPPED_IN_A_ROW} steps in a row were not finite: the model has diverged. "
+                "Lower the learning rate or grad_clip, and go on from an earlier checkpoint or start the step anew"
+            )
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], model: str = "") -> list[Any]:

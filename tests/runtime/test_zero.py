@@ -1,6 +1,7 @@
 """One and two ranks, at every ZeRO stage, follow one loss curve with Muon stepping under DeepSpeed."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_stage_3_samples_what_one_rank_samples_and_goes_on_training(model_dir, t
     answers = [json.loads(out.split("ANSWERS ")[1].splitlines()[0]) for out in (*alone, *both)]
     assert answers[0] == answers[1] == answers[2] and all(answers[0])
     assert sum_of_losses(both) == pytest.approx(sum_of_losses(alone), abs=0.03)  # bf16
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2)], ids=str)
+def test_gradients_that_are_not_finite_change_nothing(model_dir, tmp_path, ranks, stage):
+    printed = outputs(model_dir, tmp_path, "spoil", ranks=ranks, stage=stage)
+    assert [json.loads(out.split("SKIPPED ")[1].splitlines()[0]) for out in printed] == [[[2, True]]] * ranks
+    assert all(math.isfinite(loss) for loss in sum_of_losses(printed))
 
 
 @pytest.mark.parametrize("layout", ["official", "transformers"])
