@@ -24,9 +24,11 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: i
     """Compute `op.select` on contiguous inputs.
 
     Raises:
-        ValueError: a sample has more entries than a program can hold.
+        ValueError: a sample has more entries than a program can hold, or the heads are not such as tiles are.
     """
     entries, (tokens, heads, width) = row.entries[ratio], q.shape
+    if heads & (heads - 1) or width & (width - 1) or width < 16:
+        raise ValueError(f"indexer: got {heads} heads of {width} channels, expected powers of two, of channels at least 16")
     if entries.width > WIDEST:
         raise ValueError(f"indexer: got a sample of up to {entries.width} entries, expected at most {WIDEST}")
     out = torch.empty(tokens, min(count, entries.width), dtype=torch.int64, device=q.device)

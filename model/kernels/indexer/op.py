@@ -27,6 +27,9 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, *, row: PackedRow, ratio: i
         [T, min(count, widest block)] int64 entry numbers within the sample, -1 for none. In which order is up to the implementation: by
         score in plain torch, by number on a GPU.
 
+    Raises:
+        ValueError: on a GPU, H or K is no power of two, K is less than 16, or a sample has more entries than a program can hold.
+
     Source: v4_spec 2.3.
     """
     if implementation_for(q) == "reference":

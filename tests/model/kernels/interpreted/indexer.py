@@ -49,6 +49,13 @@ def test_select(lengths, scores, monkeypatch):
         assert got[token].tolist() == best + [-1] * (got.shape[1] - len(best))
 
 
+@pytest.mark.parametrize(("heads", "width"), [(5, 16), (8, 24), (8, 8)], ids=str)
+def test_select_refuses_heads_that_are_no_tiles(heads, width):
+    row = PackedRow(CONFIG, torch.tensor([0, 9]), 9)
+    with pytest.raises(ValueError, match=f"got {heads} heads of {width} channels"):
+        select(torch.zeros(9, heads, width), torch.zeros(2, width), torch.zeros(9, heads), row=row, ratio=4, count=1)
+
+
 def test_select_with_fp8_inputs_and_scaled_keys():
     torch.manual_seed(9)
     lengths = [70, 3, 101]
