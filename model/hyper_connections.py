@@ -12,6 +12,15 @@ from model.kernels.hyper_connections import op
 from model.norm import unit_norm
 
 
+def copies(x: Tensor, count: int) -> Tensor:
+    """Start the streams: [T, D] to [T, M, D], `count` copies of each row."""
+    if implementation_for(x) == "reference" or count == 1:
+        return x.unsqueeze(1).repeat(1, count, 1)
+    from model.kernels.hyper_connections.copies import Copies  # brings Triton, which a CPU does without
+
+    return Copies.apply(x, count)
+
+
 def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Collapse the streams [T, M, D] into a sub-layer's input; see `model.kernels.hyper_connections.op.mix_in_through`.
 

@@ -13,7 +13,7 @@ from model.attention import Attention
 from model.block import Block
 from model.cache import Cache, PrefillPlan, Step, Steps
 from model.config import AnyConfig, ModelConfig, V32Config
-from model.hyper_connections import merge
+from model.hyper_connections import copies, merge
 from model.indexer import Indexer
 from model.layout import PackedRow
 from model.moe import Experts, Gate, MoE
@@ -212,7 +212,7 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Repeat the embedding on every stream, [T, M, D]."""
-        return self.embed(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        return copies(self.embed(tokens), self.config.hc_mult)
 
     def streams(
         self, tokens: Tensor, row: PackedRow, cache: Cache | None = None, plan: PrefillPlan | None = None

@@ -21,7 +21,7 @@ def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     return (rows, triton.cdiv(width, tile["BLOCK"])), tile
 
 
-def _spread(x: Tensor, slots: Tensor, active: int) -> Tensor:
+def spread(x: Tensor, slots: Tensor, active: int) -> Tensor:
     """Lay tokens [T, D] out, each (token, choice) pair in the row that `slots` [T * A] gives it."""
     out = x.new_empty(len(slots), x.shape[1])
     grid, tile = _tiles(*x.shape)
@@ -29,7 +29,7 @@ def _spread(x: Tensor, slots: Tensor, active: int) -> Tensor:
     return out
 
 
-def _sum(pairs: Tensor, others: Tensor | None, slots: Tensor, active: int, *, beside: Tensor | None = None) -> Tensor:
+def sum_pairs(pairs: Tensor, others: Tensor | None, slots: Tensor, active: int, *, beside: Tensor | None = None) -> Tensor:
     """Bring rows [T * A, D] (and others like them) back into the tokens' order and sum each token's A (and `beside`) in fp32: [T, D]."""
     out = pairs.new_empty(len(slots) // active, pairs.shape[1])
     grid, tile = _tiles(*out.shape)
@@ -57,14 +57,14 @@ class RoutedExperts(torch.autograd.Function):
         chosen, order = torch.sort(indices.flatten().to(torch.int16), stable=True)  # a radix sort takes its time by the bit
         ends = torch.searchsorted(chosen, torch.arange(len(w1), dtype=torch.int16, device=x.device), right=True, out_int32=True)
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        rows = _spread(x, slots, active)
+        rows = spread(x, slots, active)
         maps = (torch.cat([w1, w3], 1),) if len(rows) >= 2 * w1.shape[0] * w1.shape[1] else (w1, w3)
         parts = [functional.grouped_mm(rows, each.mT, offs=ends) for each in maps]
         hidden = x.new_empty(len(rows), w1.shape[1])
         grid, tile = _tiles(*hidden.shape)
         gate_rows[grid](*_two(parts), share, order, hidden, hidden.shape[1], limit, BESIDE=len(parts) == 1, **tile)
         beside = None if beside is None else beside.contiguous()
-        out = _sum(functional.grouped_mm(hidden, w2.mT, offs=ends), None, slots, active, beside=beside)
+        out = sum_pairs(functional.grouped_mm(hidden, w2.mT, offs=ends), None, slots, active, beside=beside)
         ctx.save_for_backward(rows, share, w2, slots, order, ends, *maps, *parts)
         ctx.limit, ctx.adds = limit, beside is not None
         return out
@@ -74,7 +74,7 @@ class RoutedExperts(torch.autograd.Function):
     def backward(ctx, grad):
         rows, share, w2, slots, order, ends, *both = ctx.saved_tensors
         maps, parts = both[: len(both) // 2], both[len(both) // 2 :]
-        dout = _spread(grad.contiguous(), slots, share.shape[1])
+        dout = spread(grad.contiguous(), slots, share.shape[1])
         dhidden = functional.grouped_mm(dout, w2, offs=ends)
         hidden, dshare, *dparts = (torch.empty_like(t) for t in (dhidden, share, *parts))
         count, width = hidden.shape
@@ -84,5 +84,5 @@ class RoutedExperts(torch.autograd.Function):
         dw2 = functional.grouped_mm(dout.mT, hidden, offs=ends)
         dw1, dw3 = _two([functional.grouped_mm(d.mT, rows, offs=ends) for d in dparts])
         first, *second = (functional.grouped_mm(d, each, offs=ends) for d, each in zip(dparts, maps, strict=True))
-        dx = _sum(first, second[0] if second else None, slots, share.shape[1])
+        dx = sum_pairs(first, second[0] if second else None, slots, share.shape[1])
         return dx, None, dshare, dw1, dw2, dw3, None, grad if ctx.adds else None

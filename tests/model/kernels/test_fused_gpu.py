@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.hyper_connections import copies
 from model.kernels.choice import choose
 from model.kernels.experts import reference as experts_reference
 from model.kernels.experts.op import routed_experts
@@ -150,6 +151,10 @@ def test_grouped_linear():
     grouped = GroupedLinear(512, 256, 4).cuda()
     call, parameters = functional(grouped, lambda x: (x,))
     check(call, [half(3001, 2048), *(half(*p.shape, scale=0.05) for p in parameters)], half(3001, 1024))
+
+
+def test_copies():
+    check(lambda x: copies(x, 4), [half(3001, 4096)], half(3001, 4, 4096))
 
 
 @pytest.mark.parametrize(("experts", "dtype"), [(256, torch.float32), (16, torch.bfloat16)], ids=str)

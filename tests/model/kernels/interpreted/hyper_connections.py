@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.hyper_connections import copies
 from model.kernels.choice import choose
 from model.kernels.hyper_connections import fused, op, reference
 
@@ -78,3 +79,17 @@ def test_the_streams_handed_through_bring_their_gradient():
 def test_another_number_of_streams_is_refused():
     with pytest.raises(ValueError, match="3 streams, expected 4"):
         op.mix_in(torch.zeros(2, 3, 8), torch.zeros(15, 24), torch.zeros(15), torch.zeros(3), config=CONFIG)
+
+
+@pytest.mark.parametrize(("tokens", "width", "count"), [(1, 16, 4), (7, 2100, 4), (5, 24, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_copies(tokens, width, count, dtype):
+    wide = torch.randn(tokens, 2 * width, dtype=dtype, requires_grad=True)
+    out = copies(wide[:, :width], count)  # rows may lie apart
+    assert torch.equal(out, wide[:, None, :width].expand(-1, count, -1))
+    grad = torch.randn(tokens, width, count, dtype=dtype).transpose(1, 2)
+    (got,) = torch.autograd.grad(out, wide, grad)
+    want = torch.nn.functional.pad(grad.float().sum(1), (0, width))
+    torch.testing.assert_close(
+        got, want.to(dtype), atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=1e-6 if dtype == torch.float32 else 1e-3
+    )
