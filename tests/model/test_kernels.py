@@ -125,11 +125,11 @@ def test_heads_without_kernels_are_attended_to_in_plain_torch_and_the_log_says_s
     as_on_a_gpu: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     row = PackedRow(CONFIG, torch.tensor([0, 9]), 9)
-    q, kv, sink = torch.randn(9, 2, 24), torch.randn(9, 24), torch.zeros(2)
+    q, kv, sink = torch.randn(9, 2, 44), torch.randn(9, 44), torch.zeros(2)
     out = [sparse_attention(q, kv, None, None, sink, row=row, ratio=0) for _ in range(2)]
     for each in out:
         torch.testing.assert_close(each, attention_reference.sparse_attention(q, kv, None, None, sink, row=row, ratio=0))
-    assert caplog.text.count("heads of 24 channels") == 1
+    assert caplog.text.count("heads of 44 channels") == 1
 
 
 def test_grouped_products_keep_the_weight_itself(as_on_a_gpu: None) -> None:
