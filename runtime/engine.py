@@ -150,7 +150,7 @@ class Engine:
         out = []
         with self._whole_weights():
             for batch in batches:
-                row = row_tensors(batch, net.embed.weight.device, share=True)
+                row = row_tensors(batch, self.device, share=True)
                 where = send(torch.from_numpy(batch.targets.nonzero()[0]), row[0].device)
                 out.append(token_logprobs(net(*row).last[where - 1], net.head.weight, row[0][where])[0])
         return [values.cpu().numpy() for values in out]

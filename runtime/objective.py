@@ -49,6 +49,7 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
+        self.device = model.embed.weight.device  # once: reading the parameter in a forward pass would keep it gathered under ZeRO 3
         self.metrics: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, spec: LossSpec, denominator: float, teacher: Transformer | None) -> Tensor:
@@ -63,7 +64,7 @@ class Objective(nn.Module):
         Returns:
             [] fp32, requires grad also for a row without targets.
         """
-        device = self.model.embed.weight.device
+        device = self.device
         row = row_tensors(batch, device, share=not (spec.balance_weight or spec.mtp_weight))
         tokens, cu_seqlens, _ = row
         hidden = self.model(*row, indexer=spec.indexer)
