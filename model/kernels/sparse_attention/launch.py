@@ -122,10 +122,14 @@ def make_keys(kv: Tensor, ckv: Tensor | None, indices: Tensor | None, *, row: Pa
 
 def on_hopper(q: Tensor, window: int) -> bool:
     """Say whether the kernels scheduled for Hopper take these queries [T, H, K] and this window."""
+    return fits_hopper(q, window) and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+
+
+def fits_hopper(q: Tensor, window: int) -> bool:
+    """Say whether queries [T, H, K] and a window have the sizes that the kernels scheduled for Hopper are written for."""
     _, heads, width = q.shape
     tile = kernel_hopper_forward.TILE.value
-    fits = width == kernel_hopper_forward.WIDTH.value and heads % tile == 0 and window % tile == 0
-    return fits and q.is_cuda and q.element_size() == 2 and torch.cuda.get_device_capability(q.device)[0] == 9
+    return width == kernel_hopper_forward.WIDTH.value and heads % tile == 0 and window % tile == 0 and q.element_size() == 2
 
 
 def shape_of(q: Tensor) -> dict:
