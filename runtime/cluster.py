@@ -126,6 +126,8 @@ class _Rank:
     """The actor around one engine; the heavy imports happen here, in the rank's own process."""
 
     def __init__(self, rank: int) -> None:
+        # On the dashboard: what this rank says, such as how it decodes.
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self.rank = rank
         self.engine: Any = None
 
