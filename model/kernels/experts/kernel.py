@@ -7,16 +7,6 @@ import triton.language as tl
 
 
 @triton.jit
-def spread_rows(x, order, out, active, width, BLOCK: tl.constexpr):
-    """out_i = x_(order_i / active), one program a block of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    token = tl.load(order + row) // active
-    tl.store(out + row * width + columns, tl.load(x + token * width + columns, inside), inside)
-
-
-@triton.jit
 def spread_tokens(x, slots, out, active, width, BLOCK: tl.constexpr):
     """out_(slots_ta) = x_t for every choice a, one program a block of a token, which is read once."""
     token = tl.program_id(0).to(tl.int64)

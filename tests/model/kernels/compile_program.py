@@ -101,8 +101,11 @@ def decode_long() -> None:
     """Attend and select for single tokens of long contexts, V4-Flash and V3.2; select with FP8 keys in a row."""
     from model.kernels.indexer.listed import select_entries
     from model.kernels.indexer.op import select
-    from model.kernels.sparse_attention.listed import attend_latents, attend_listed
+    from model.kernels.indexer.tokens import put_key, turn_queries
+    from model.kernels.sparse_attention.listed import attend_latents, attend_listed, put_latent
+    from model.kernels.static_decode.rows import Rows
     from model.layout import PackedRow
+    from model.norm import LayerNorm, RMSNorm
 
     for batch, listed in ((1, 640), (1, 8320), (128, 640)):
         places, count = torch.zeros(batch, listed, dtype=torch.int32), torch.full((batch,), listed, dtype=torch.int32)
@@ -111,6 +114,10 @@ def decode_long() -> None:
     attend_latents(
         torch.zeros(1, 128, 576).bfloat16(), torch.zeros(4096, 576).bfloat16(), torch.zeros(1, 2048, dtype=torch.int32), count, values=512
     )
+    rows = Rows(torch.zeros(1, dtype=torch.int64), torch.zeros(4096, 32, 2), 1e-6)
+    put_latent(torch.zeros(1, 576).bfloat16(), RMSNorm(512, 1e-6).bfloat16(), torch.zeros(1, 4097, 576).bfloat16(), rows, front=1)
+    put_key(torch.zeros(1, 128).bfloat16(), LayerNorm(128).bfloat16(), torch.zeros(1, 4096, 128).bfloat16(), rows)
+    turn_queries(torch.zeros(1, 64, 128).bfloat16(), rows)
     for batch, entries in ((1, 1 << 17), (64, 512)):
         count = torch.full((batch,), entries, dtype=torch.int32)
         select_entries(
