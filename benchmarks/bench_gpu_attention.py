@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from gpu_timing import median_ms
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -50,19 +51,6 @@ CASES = (
     Case("CSA full-K 512", 32768, listed=512, ratio=4, full=True, backward_ms=40.0),
 )
 LONG = (Case("CSA causal", 65536, listed=512, ratio=4), Case("HCA causal", 65536, ratio=128))
-
-
-def median_ms(run: Callable[[], object], *, repeats: int = 10) -> float:
-    """Return the median time of a few runs after two that are not counted."""
-    for _ in range(2):
-        run()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, stop in marks:
-        start.record()
-        run()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in marks)[repeats // 2]
 
 
 def ceilings() -> tuple[float, float]:

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from gpu_timing import median_ms
 from torch import Tensor, nn
 
 from model.attention import Attention
@@ -26,18 +27,6 @@ BASE = 16384
 """Tokens from which on time should be linear."""
 
 Times = tuple[float, float, float]
-
-
-def median_ms(run: Callable[[], object], *, repeats: int = 5) -> float:
-    """Return the median time of a few runs after one that is not counted."""
-    run()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, stop in marks:
-        start.record()
-        run()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in marks)[repeats // 2]
 
 
 @torch.no_grad()
@@ -83,10 +72,11 @@ def measure(make: Callable[[str, int], tuple[nn.Module, Callable[[Tensor], Tenso
     grad = torch.randn_like(x)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    both = median_ms(lambda: torch.autograd.grad(run(x), wanted, grad, allow_unused=True))  # no loss here trains theirs
+    # No loss here trains what is unused in theirs.
+    both = median_ms(lambda: torch.autograd.grad(run(x), wanted, grad, allow_unused=True), repeats=5, warmup=1)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     with torch.no_grad():
-        forward = median_ms(lambda: run(x))
+        forward = median_ms(lambda: run(x), repeats=5, warmup=1)
     return forward, both, peak
 
 

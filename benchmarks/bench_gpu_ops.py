@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import median_ms
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -49,19 +49,6 @@ class Row:
     note: str = ""
 
 
-def measure(run: Callable[[], object], *, repeats: int = 20) -> float:
-    """Return the median time of `run` in ms, between events, after two runs that do not count."""
-    for _ in range(2):
-        run()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in pairs:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in pairs)
-
-
 def measure_graph(run: Callable[[], object]) -> float:
     """Return the time of `run` in ms as replayed from a CUDA graph, without the launches' gaps."""
     side = torch.cuda.Stream()
@@ -72,16 +59,16 @@ def measure_graph(run: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return measure(graph.replay)
+    return median_ms(graph.replay, repeats=20)
 
 
 def ceilings() -> tuple[float, float, float]:
     """Measure a copy in bytes/s (read and written), and a bf16 product of 8192^3 in FLOP/s: at first, and after half a second of it."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
-    copy = 2 * x.numel() / measure(lambda: y.copy_(x)) * 1e3
+    copy = 2 * x.numel() / median_ms(lambda: y.copy_(x), repeats=20) * 1e3
     a, b = torch.randn(8192, 8192, **BF16), torch.randn(8192, 8192, **BF16)
-    burst, long = (2 * 8192**3 / measure(lambda: a @ b.T, repeats=n) * 1e3 for n in (10, 300))
+    burst, long = (2 * 8192**3 / median_ms(lambda: a @ b.T, repeats=n) * 1e3 for n in (10, 300))
     return copy, burst, long
 
 
@@ -104,13 +91,13 @@ def losses() -> Iterator[Row]:
     distill(reverse_kl, 4096)()
     extra = (torch.cuda.max_memory_allocated() - before) / 2**30
     peers = {
-        "eager": measure(distill(reverse_kl_plain, 1024), repeats=3),
-        "compiled": measure(compiled_kl(hidden, head, teacher), repeats=3),
+        "eager": median_ms(distill(reverse_kl_plain, 1024), repeats=3),
+        "compiled": median_ms(compiled_kl(hidden, head, teacher), repeats=3),
     }
-    ours = measure(distill(reverse_kl, 4096), repeats=5)
+    ours = median_ms(distill(reverse_kl, 4096), repeats=5)
     yield Row("reverse KL, both ways, N8192 D4096 V129280", ours, peers, 4 * product, note=f"{extra:.2f} GiB extra")
-    peers = {"eager": measure(likely(token_logprobs_plain, 1024), repeats=3)}
-    yield Row("token log-probs, both ways, same shape", measure(likely(token_logprobs, 4096), repeats=5), peers, 4 * product)
+    peers = {"eager": median_ms(likely(token_logprobs_plain, 1024), repeats=3)}
+    yield Row("token log-probs, both ways, same shape", median_ms(likely(token_logprobs, 4096), repeats=5), peers, 4 * product)
 
 
 def compiled_kl(hidden: Tensor, head: Tensor, teacher: tuple[Tensor, Tensor]) -> Callable[[], object]:
@@ -156,7 +143,7 @@ def hyper_connections() -> Iterator[Row]:
         return run
 
     forward, total = measure_graph(lambda: ours(*inputs)), measure_graph(both(ours))
-    plain_forward, plain_total = measure(lambda: plain(*inputs), repeats=5), measure(both(plain), repeats=5)
+    plain_forward, plain_total = median_ms(lambda: plain(*inputs), repeats=5), median_ms(both(plain), repeats=5)
     unit = tokens * width * 2.0
     yield Row("mHC post + pre, forward, N8192 D4096 M4", forward, {"eager": plain_forward}, bytes_moved=10 * unit)
     yield Row("mHC post + pre, backward", total - forward, {"eager": plain_total - plain_forward}, bytes_moved=20 * unit)
@@ -175,8 +162,8 @@ def newton_schulz() -> Iterator[Row]:
     for batch, low, high in ((16, 2048, 8192), (16, 2048, 2048), (64, 1024, 4096)):
         x = torch.randn(batch, low, high, **BF16)
         flops = 10.0 * batch * (4 * low * low * high + 2 * low**3)
-        peers = {"cuBLAS": measure(partial(usual, x), repeats=3)}
-        yield Row(f"Newton-Schulz 10 steps, {batch} x {low}x{high}", measure(partial(gram.orthogonalize, x), repeats=3), peers, flops)
+        peers = {"cuBLAS": median_ms(partial(usual, x), repeats=3)}
+        yield Row(f"Newton-Schulz 10 steps, {batch} x {low}x{high}", median_ms(partial(gram.orthogonalize, x), repeats=3), peers, flops)
 
 
 def selection() -> Iterator[Row]:
@@ -196,7 +183,7 @@ def selection() -> Iterator[Row]:
         ours = measure_graph(partial(indexer.select, q, keys, weights, row=row, ratio=4, count=512))
         flops = 2.0 * 64 * 128 * tokens * tokens / 8
         yield Row(
-            f"indexer + exact top-512, S{tokens}", ours, {"einsum + topk": measure(partial(plain, q, keys, weights), repeats=2)}, flops
+            f"indexer + exact top-512, S{tokens}", ours, {"einsum + topk": median_ms(partial(plain, q, keys, weights), repeats=2)}, flops
         )
 
 
@@ -217,7 +204,7 @@ def quantisation() -> Iterator[Row]:
     for name, (kernel, plain, size) in cases.items():
         ours = measure_graph(lambda kernel=kernel: [kernel(x) for x in inputs]) / 4
         choose("reference")
-        eager = measure(lambda plain=plain: plain(inputs[0]), repeats=3)
+        eager = median_ms(lambda plain=plain: plain(inputs[0]), repeats=3)
         choose(None)
         yield Row(f"{name}, 8192 x 7168", ours, {"eager": eager}, bytes_moved=size * count)
 
@@ -241,8 +228,10 @@ def mixture() -> Iterator[Row]:
         return lambda: torch.autograd.grad(layer(), (x, share, *matrices), grad)
 
     flops = 6.0 * tokens * active * width * inner
-    yield Row("experts, forward, T8192 E256 A6 D4096 F2048", measure(ours, repeats=5), {"grouped_mm": measure(padded, repeats=3)}, flops)
-    yield Row("experts, both ways", measure(both(ours), repeats=5), {"grouped_mm": measure(both(padded), repeats=3)}, 3 * flops)
+    yield Row(
+        "experts, forward, T8192 E256 A6 D4096 F2048", median_ms(ours, repeats=5), {"grouped_mm": median_ms(padded, repeats=3)}, flops
+    )
+    yield Row("experts, both ways", median_ms(both(ours), repeats=5), {"grouped_mm": median_ms(both(padded), repeats=3)}, 3 * flops)
 
 
 def main(words: list[str]) -> None:

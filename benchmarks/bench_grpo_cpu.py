@@ -13,32 +13,24 @@ the thread count that it generates fastest with at the start, not one that only 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
 import os
-import random
 import statistics
-import string
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer as WordTokenizer
-from tokenizers import models, pre_tokenizers
-from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from grpo_setting import LEARNING_RATE, make_prompts, reward, write_model
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_step import transformers_model, word_tokenizer
 
 from domains.config import DomainConfig
 from domains.types import Prompt, Sample, Verdict
-from model import weights
 from model.config import ModelConfig
-from model.tokenizer import Tokenizer
-from model.transformer import Transformer
 from rl.advantages import group_advantages
 from rl.config import GrpoConfig
 from rl.job import GrpoJob
@@ -53,9 +45,7 @@ from runtime.step import DomainSetup, StepContext
 from runtime.tracking import Tracker
 from runtime.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 32, 32
-LEARNING_RATE = 1e-4
 CONFIG = ModelConfig(
     vocab_size=512, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=64, qk_rope_head_dim=16, q_lora_rank=64,
     o_groups=2, o_lora_rank=64, sliding_window=64, compress_ratios=[0, 4, 128, 4], index_n_heads=8, index_head_dim=32, index_topk=16,
@@ -63,51 +53,6 @@ CONFIG = ModelConfig(
     num_nextn_predict_layers=0, max_position_embeddings=4096,
 )  # fmt: skip
 NAMES = ("TRL step", "transformers generate", "our generate", "our step")
-
-
-def reward(tokens: Sequence[int]) -> float:
-    """Grade a completion by a hash of it: a number in [0, 1) that no two different completions share, so that every sample teaches."""
-    return int.from_bytes(hashlib.blake2b(bytes(str(list(tokens)), "ascii"), digest_size=4).digest()) / 2**32
-
-
-def write_model(directory: Path) -> Tokenizer:
-    """Write a model whose end of sentence is never sampled (logit 0 among logits of a large spread), and its tokenizer."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(100)]
-    tokenizer = Tokenizer.train([" ".join(draw.choices(words, k=1000))], CONFIG.vocab_size)
-    if tokenizer.vocab_size != CONFIG.vocab_size:
-        raise ValueError(f"tokenizer: learned {tokenizer.vocab_size} tokens, expected {CONFIG.vocab_size}")
-    torch.manual_seed(0)
-    model = Transformer(CONFIG)
-    with torch.no_grad():
-        model.head.weight.mul_(30)
-        model.head.weight[tokenizer.eos] = 0
-    weights.save(model, directory)
-    tokenizer.save(directory)
-    return tokenizer
-
-
-def make_prompts(tokenizer: Tokenizer, count: int) -> list[Prompt]:
-    """Return prompts of exactly `PROMPT_TOKENS` tokens as the generator encodes them."""
-    generator = torch.Generator().manual_seed(1)
-    found: list[Prompt] = []
-    while len(found) < count:
-        letters = torch.randint(97, 123, (2 * PROMPT_TOKENS,), generator=generator).tolist()
-        for length in range(len(letters)):
-            messages = [{"role": "user", "content": "".join(map(chr, letters[:length]))}]
-            if len(prompt_tokens(tokenizer, messages, "thinking")) == PROMPT_TOKENS:
-                found.append(Prompt(f"math/train/{len(found)}", "math", messages, {}))
-                break
-    return found
-
-
-def oracle() -> ModuleType:
-    """Load the parity test, which knows how transformers names configuration and weights."""
-    spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/model/test_parity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Ours:
@@ -160,17 +105,7 @@ class Theirs:
     """TRL's trainer around transformers' model with the same weights; its tokenizer spells each id as a word."""
 
     def __init__(self, directory: Path, prompt_ids: list[list[int]]) -> None:
-        parity = oracle()
-        config = parity.oracle_config(CONFIG)
-        config.num_experts = CONFIG.n_routed_experts  # the trainer's mixture-of-experts check reads this name
-        self.model = DeepseekV4ForCausalLM(config)
-        missing = self.model.load_state_dict(parity.oracle_tensors(weights.load(directory).state_dict()), strict=False)
-        assert not missing.unexpected_keys and all("inv_freq" in key for key in missing.missing_keys), missing
-        words = WordTokenizer(models.WordLevel({f"<{i}>": i for i in range(CONFIG.vocab_size)}, unk_token="<2>"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="<0>", eos_token="<1>", pad_token="<1>", unk_token="<2>", padding_side="left"
-        )
+        self.model, self.tokenizer = transformers_model(directory), word_tokenizer(CONFIG.vocab_size)
         self.ids = torch.tensor(prompt_ids)
         self.workdir = directory / "trl"
 
@@ -272,8 +207,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        tokenizer = write_model(directory)
-        prompts = make_prompts(tokenizer, 16 * PROMPTS)
+        tokenizer = write_model(directory, CONFIG)
+        prompts = make_prompts(tokenizer, 16 * PROMPTS, tokens=PROMPT_TOKENS)
         theirs = Theirs(directory, [prompt_tokens(tokenizer, p.messages, "thinking") for p in prompts])
         torch.set_num_threads(arguments.their_threads or theirs.fastest_threads())
         ours = Ours(directory, prompts, ranks=arguments.ranks, threads=arguments.threads)

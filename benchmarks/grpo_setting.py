@@ -1,4 +1,4 @@
-"""What the GPU's GRPO benchmark times, whoever runs it: the model, its prompts and its rewards, for `bench_grpo_gpu` and `trl_step`."""
+"""What the GRPO benchmarks time, whoever runs it: the model, its prompts and its rewards; and what is timed on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer around transformers' model, for `bench_grpo_gpu`: loaded only where TRL takes part."""
+"""TRL's side of the GRPO benchmarks, around transformers' model: loaded only where TRL takes part."""
 
 from __future__ import annotations
 
@@ -40,12 +40,7 @@ class TrlGrpo:
     def __init__(self, directory: Path, prompt_ids: Sequence[Sequence[int]], setting: Setting) -> None:
         """Load the weights in `directory` into transformers' model, in bf16 throughout on a GPU."""
         self.setting, self.workdir = setting, directory / "trl"
-        parity, ours = parity_test(), weights.load(directory)
-        config = parity.oracle_config(ours.config)
-        config.num_experts = ours.config.n_routed_experts  # the trainer's mixture-of-experts check reads this name
-        self.model = DeepseekV4ForCausalLM(config)
-        missing = self.model.load_state_dict(parity.oracle_tensors(ours.state_dict()), strict=False)
-        assert not missing.unexpected_keys and all("inv_freq" in key for key in missing.missing_keys), missing
+        self.model = transformers_model(directory)
         if setting.device == "cuda":
             self.model.to("cuda", torch.bfloat16)
         self.prompts = [" ".join(f"<{token}>" for token in row) for row in prompt_ids]
@@ -75,6 +70,17 @@ class TrlGrpo:
         )
         trainer.add_callback(Between(before, after))
         trainer.train()
+
+
+def transformers_model(directory: Path) -> DeepseekV4ForCausalLM:
+    """Load the weights in `directory` into transformers' model, fp32 on the CPU."""
+    parity, ours = parity_test(), weights.load(directory)
+    config = parity.oracle_config(ours.config)
+    config.num_experts = ours.config.n_routed_experts  # the trainer's mixture-of-experts check reads this name
+    model = DeepseekV4ForCausalLM(config)
+    missing = model.load_state_dict(parity.oracle_tensors(ours.state_dict()), strict=False)
+    assert not missing.unexpected_keys and all("inv_freq" in key for key in missing.missing_keys), missing
+    return model
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

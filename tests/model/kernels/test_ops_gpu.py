@@ -41,8 +41,10 @@ def _seeded_and_nan_filled():
 def plain_torch():
     """Compute everything inside with the references."""
     choose("reference")
-    yield
-    choose(None)
+    try:
+        yield
+    finally:
+        choose(None)
 
 
 def half(*shape, scale=1.0):
