@@ -88,14 +88,12 @@ def test_token_logprobs(chunk):
     check(run(token_logprobs, torch.bfloat16), run(plain_token_logprobs, torch.bfloat16), run(plain_token_logprobs, torch.float32))
 
 
-@pytest.mark.parametrize("tokens", [1, 517])
-def test_hyper_connections(tokens):
+@pytest.mark.parametrize(("tokens", "draws"), [(1, 16), (517, 1)])
+def test_hyper_connections(tokens, draws):
+    """One token is drawn several times: the gradient of `scale` sums four terms that may cancel, and says nothing of one draw."""
     config = ModelConfig(num_hidden_layers=1, compress_ratios=[0], num_nextn_predict_layers=0)
-    parameters = [torch.randn(24, 4 * 4096, device="cuda") * 0.02, torch.randn(24, device="cuda"), torch.randn(3, device="cuda")]
-    inputs = [half(tokens, 4096), half(tokens, 4, 4096), *(t.requires_grad_() for t in parameters)]
-    grad = torch.randn(tokens, 4, 4096, device="cuda").bfloat16()
 
-    def run(kernels, dtype):
+    def run(kernels, dtype, inputs, grad):
         f, x, fn, base, scale = (t.detach().to(torch.promote_types(t.dtype, dtype)).requires_grad_() for t in inputs)
         with torch.device("cuda"):
             collapsed, post, comb = kernels.mix_in(x, fn, base, scale, config=config)
@@ -114,7 +112,14 @@ def test_hyper_connections(tokens):
         def mix_out(f, x, post, comb):
             return hyper_reference.mix_out(f.float(), x.float(), post, comb).to(x.dtype)
 
-    check(run(hyper_op, torch.bfloat16), run(Eager, torch.bfloat16), run(hyper_reference, torch.float64))
+    runs = []
+    for _ in range(draws):
+        parameters = [torch.randn(24, 4 * 4096, device="cuda") * 0.02, torch.randn(24, device="cuda"), torch.randn(3, device="cuda")]
+        inputs = [half(tokens, 4096), half(tokens, 4, 4096), *parameters]
+        grad = torch.randn(tokens, 4, 4096, device="cuda").bfloat16()
+        ways = ((hyper_op, torch.bfloat16), (Eager, torch.bfloat16), (hyper_reference, torch.float64))
+        runs.append([run(*way, inputs, grad) for way in ways])
+    check(*([torch.stack(results) for results in zip(*way, strict=True)] for way in zip(*runs, strict=True)))
 
 
 @pytest.mark.parametrize("shape", [(3, 2048, 2048), (2, 1000, 4040), (700, 300)], ids=str)
