@@ -54,8 +54,8 @@ h2 { font-size: 16px; margin: 0 0 12px; }
 .sub { color: #6b7485; margin: 0 0 28px; }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-bottom: 16px; }
 .two { grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); }
-.card { background: #fff; border: 1px solid #e6e9ef; border-radius: 14px; padding: 20px 22px; }
-.big { font-size: 27px; white-space: nowrap; font-weight: 650; letter-spacing: -0.02em; line-height: 1.15; }
+.card { background: #fff; border: 1px solid #e6e9ef; border-radius: 14px; padding: 20px; }
+.big { font-size: 23px; white-space: nowrap; font-weight: 650; letter-spacing: -0.02em; line-height: 1.15; }
 .label { color: #6b7485; font-size: 13px; }
 .good { color: #0f8a67; }
 .wide { margin-bottom: 16px; }
@@ -66,7 +66,7 @@ th { text-align: right; color: #6b7485; font-weight: 500; font-size: 13px; paddi
 td { text-align: right; padding: 8px 10px; border-bottom: 1px solid #f0f2f6; }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td small { color: #6b7485; }
+td small { color: #6b7485; font-weight: 400; white-space: nowrap; }
 code { font: 12.5px ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; color: #6b7485; }
 """
 
