@@ -251,7 +251,11 @@ class Run:
 
 
 def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
-    """Run one rank at ZeRO 1, the same with its samples reordered, then two ranks at each stage."""
+    """Run one rank at ZeRO 1, the same with its samples reordered, then two ranks at each stage.
+
+    Raises:
+        RuntimeError: ranks of some runs ended; those that did not have run to their end and are printed.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         model = write_model(Path(temporary) / "model", "tiny" if tiny else "small")
 
@@ -264,17 +268,25 @@ def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
         runs = [run("1 rank", 1, 1), run("1 rank, reordered", 1, 1, reordered=True)]
         runs += [run(f"2 ranks, ZeRO {stage}", stage, 2) for stage in stages]
         outcomes: list[Outcome] = []
+        failures = []
         began = time.perf_counter()
         try:
             for each in runs:
                 each.hear()
             print(f"every rank is up after {time.perf_counter() - began:.0f} s", flush=True)
             for each in runs:
-                outcomes.append(each.outcome())
-                print(line_of(outcomes[-1], outcomes[0]), flush=True)
+                try:
+                    outcomes.append(each.outcome())
+                except RuntimeError as error:
+                    failures.append(str(error))
+                else:
+                    print(line_of(outcomes[-1], outcomes[0]), flush=True)
+                each.close()
         finally:
             for each in runs:
                 each.close()
+        if failures:
+            raise RuntimeError("\n\n".join(failures))
         return outcomes
 
 
