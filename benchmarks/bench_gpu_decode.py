@@ -29,7 +29,9 @@ from model.kernels.indexer.tokens import put_key, turn_queries
 from model.kernels.sparse_attention.listed import attend_latents, put_latent
 from model.kernels.static_decode import op
 from model.kernels.static_decode.rows import Rows
+from model.linear import wide_product
 from model.mla import MLA
+from model.norm import rms_norm
 from model.rope import inverse_frequencies, rotate, rotations
 from model.static_step import Shared, StaticStep
 from model.transformer import Transformer
@@ -63,8 +65,8 @@ class LatentStep:
         """Take one token a row [B, D], put it in the cache, and return [B, D]."""
         own, indexer = self.mla, self.mla.indexer
         assert cache.index_keys is not None
-        latent, key, index_key, weights = op.product(x, self.inputs).split(self.sizes, 1)
-        latent = op.normalise(latent, self.scaled, x, eps=rows.eps)
+        latent, key, index_key, weights = wide_product(x, self.inputs).split(self.sizes, 1)
+        latent = rms_norm(latent, self.scaled, rows.eps, dtype=x.dtype)
         put_latent(key, own.kv_norm, cache.keys, rows, front=FRONT)
         put_key(index_key, indexer.k_norm, cache.index_keys, rows)
         index_q = turn_queries(functional.linear(latent, indexer.wq_b.weight).unflatten(1, (indexer.heads, indexer.width)), rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.cache import LayerCache, PrefillPlan, Step
 from model.compressor import Compressor
@@ -14,9 +13,8 @@ from model.kernels.indexer.loss import IndexScores, indexer_loss
 from model.kernels.indexer.op import select
 from model.kernels.indexer.reference import top_entries
 from model.kernels.sparse_attention.blocked import Inputs
-from model.kernels.static_decode.op import product
 from model.layout import PackedRow
-from model.linear import linear
+from model.linear import linear, wide_product
 from model.norm import LayerNorm
 from model.quant.qat import fake_quantize_index
 from model.rope import rotate, rotate_halves
@@ -109,8 +107,7 @@ class Indexer(nn.Module):
 
     def _query(self, x: Tensor, latent: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         q = self._rotate(self.wq_b(latent).view(len(x), self.heads, self.width), turns.unsqueeze(1))
-        weight = self.weights_proj.weight  # the release keeps the head weights in fp32
-        weights = functional.linear(x.float(), weight.float()) if torch.is_grad_enabled() else product(x, weight)
+        weights = wide_product(x, self.weights_proj.weight)  # the release keeps the head weights in fp32
         return self._rounded(q), weights * (self.width * self.heads) ** -0.5
 
     def _rounded(self, x: Tensor) -> Tensor:

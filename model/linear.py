@@ -15,6 +15,16 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply [T, D] by weight [N, D], products and sums in fp32: [T, N] fp32.
+
+    A GPU reads half-precision numbers as they are, where no gradient is asked for: that product has none.
+    """
+    if x.is_cuda and x.dtype == weight.dtype != torch.float32 and not torch.is_grad_enabled():
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return functional.linear(x.float(), weight.float())
+
+
 def stacked_linear(x: Tensor, *maps: nn.Linear) -> Tensor:
     """Apply several maps to one input as a single product: [T, D] to [T, sum of their outputs].
 

@@ -24,7 +24,17 @@ def unit_norm(x: Tensor, eps: float, turns: Tensor | None = None) -> Tensor:
 
     Source: v4 report 2.3 (query heads), mHC paper (residual streams).
     """
-    return _normalised(x, None, eps, turns)
+    return rms_norm(x, None, eps, turns=turns)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, turns: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute `unit_norm` times `weight` [D], None for ones; into `dtype`, by default that of `x`."""
+    if implementation_for(x) == "triton":
+        from model.kernels.rotary_norm import fused  # brings Triton, which a CPU does without
+
+        return fused.normalise(x, weight, turns, eps, dtype)
+    out = _plain(x.float(), None if weight is None else weight.float(), eps).to(dtype or x.dtype)
+    return out if turns is None else rotate(out, turns)
 
 
 class RMSNorm(nn.Module):
@@ -35,9 +45,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
-        """Normalise `x` [..., D], then rotate it by `turns` as `model.rope.rotate` does; same shape and dtype."""
-        return _normalised(x, self.weight, self.eps, turns)
+    def forward(self, x: Tensor, turns: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise `x` [..., D], then rotate it by `turns` as `model.rope.rotate` does; same shape, and dtype unless told."""
+        return rms_norm(x, self.weight, self.eps, turns=turns, dtype=dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -46,15 +56,6 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., D]; same shape and dtype."""
         return functional.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
-
-
-def _normalised(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor | None) -> Tensor:
-    if implementation_for(x) == "triton":
-        from model.kernels.rotary_norm import fused  # brings Triton, which a CPU does without
-
-        return fused.normalise(x, weight, turns, eps)
-    out = _plain(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
-    return out if turns is None else rotate(out, turns)
 
 
 def _plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -18,6 +18,7 @@ from model.indexer import RATIO, Indexer
 from model.kernels.indexer.listed import select_entries
 from model.kernels.static_decode import op
 from model.kernels.static_decode.rows import Pool, Rows
+from model.linear import wide_product
 from model.norm import unit_norm
 from model.rope import inverse_frequencies, rotate, rotations
 from model.static_weights import LayerWeights, StaticWeights
@@ -106,7 +107,7 @@ class StaticStep:
         for weights, cache in zip(self.weights.layers, self.cache.layers):
             streams = self._block(streams, weights, _first(cache, count), step)
         hidden = self.model.norm(mix_in(streams, *self.weights.merge, config=self.config)[0])
-        self.logits[:count] = op.product(hidden, self.model.head.weight)
+        self.logits[:count] = wide_product(hidden, self.model.head.weight)
         op.choose(self.logits[:count], self.draws[:count], self.temperature, self.tokens[:count], self.logprobs[:count])
         positions.add_(1).clamp_(max=self.capacity - 1)
 
@@ -114,8 +115,8 @@ class StaticStep:
         """Run the attention of one layer: its normalised input [B, D] to its output [B, D]; the tokens' keys go into `cache`."""
         own: Attention = weights.block.attn
         window, rows = self.config.sliding_window, step.rows[bool(own.ratio)]
-        parts = dict(zip(weights.parts, op.product(x, weights.inputs).split(list(weights.parts.values()), 1), strict=True))
-        latent = op.normalise(parts["latent"], own.q_norm.weight, x, eps=own.eps)
+        parts = dict(zip(weights.parts, wide_product(x, weights.inputs).split(list(weights.parts.values()), 1), strict=True))
+        latent = own.q_norm(parts["latent"], dtype=x.dtype)
         turns = step.turns[bool(own.ratio)].unsqueeze(1)
         q = unit_norm(own.wq_b(latent).unflatten(1, (own.heads, own.width)), own.eps, turns)
         op.put_window(parts["window"], own.kv_norm.weight, cache.keys, rows, window=window)

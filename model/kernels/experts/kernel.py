@@ -35,6 +35,29 @@ def sum_rows(first, second, slots, out, active, width, BOTH: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _clamped(gate, up, limit):
+    """Return both branches within their limits, where NaN stays NaN, and the sigmoid of the first."""
+    g = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    return g, tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL), tl.sigmoid(g)
+
+
+@triton.jit
+def swiglu(gate, up, limit):
+    """silu(min(gate, l)) clamp(up, -l, l) of fp32 numbers."""
+    g, u, s = _clamped(gate, up, limit)
+    return g * s * u
+
+
+@triton.jit
+def _swiglu_backward(d, gate, up, limit):
+    """Return the gradients of both branches of `swiglu`, and its result."""
+    g, u, s = _clamped(gate, up, limit)
+    dg = tl.where(gate >= limit, 0.0, d * u * s * (1 + g * (1 - s)))
+    du = tl.where(tl.abs(up) >= limit, 0.0, d * g * s)
+    return dg, du, g * s * u
+
+
+@triton.jit
 def gate_rows(gate, up, share, order, out, width, limit, BLOCK: tl.constexpr, BESIDE: tl.constexpr = False):
     """out_i = share_(order_i) silu(min(gate_i, l)) clamp(up_i, -l, l), one program a block of a row.
 
@@ -44,26 +67,9 @@ def gate_rows(gate, up, share, order, out, width, limit, BLOCK: tl.constexpr, BE
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     place = row * width * (2 if BESIDE else 1) + columns
-    g = tl.minimum(tl.load(gate + place, inside, 0.0).to(tl.float32), limit)
-    u = tl.minimum(tl.maximum(tl.load(up + place, inside, 0.0).to(tl.float32), -limit), limit)
-    hidden = tl.load(share + tl.load(order + row)).to(tl.float32) * g * tl.sigmoid(g) * u
+    g, u = tl.load(gate + place, inside, 0.0).to(tl.float32), tl.load(up + place, inside, 0.0).to(tl.float32)
+    hidden = tl.load(share + tl.load(order + row)).to(tl.float32) * swiglu(g, u, limit)
     tl.store(out + row * width + columns, hidden.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
-def _activation(gate, up, limit):
-    """Return both branches clamped, and the sigmoid of the first."""
-    g, u = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
-    return g, u, tl.sigmoid(g)
-
-
-@triton.jit
-def _activation_backward(d, gate, up, limit):
-    """Return the gradients of both branches, and the activation itself."""
-    g, u, s = _activation(gate, up, limit)
-    dg = tl.where(gate < limit, d * u * s * (1 + g * (1 - s)), 0.0)
-    du = tl.where(tl.abs(up) < limit, d * g * s, 0.0)
-    return dg, du, g * s * u
 
 
 @triton.jit
@@ -82,7 +88,7 @@ def gate_rows_backward(grad, gate, up, share, order, dgate, dup, out, dshare, co
         place = rows.to(tl.int64)[:, None] * width * (2 if BESIDE else 1) + columns
         d = tl.load(grad + narrow, mask, 0.0).to(tl.float32)
         g, u = tl.load(gate + place, mask, 0.0).to(tl.float32), tl.load(up + place, mask, 0.0).to(tl.float32)
-        dg, du, hidden = _activation_backward(d * weight, g, u, limit)
+        dg, du, hidden = _swiglu_backward(d * weight, g, u, limit)
         along += tl.sum(d * hidden, 1)
         tl.store(out + narrow, (weight * hidden).to(out.dtype.element_ty), mask)
         tl.store(dgate + place, dg.to(dgate.dtype.element_ty), mask)
@@ -97,8 +103,8 @@ def gate_pairs(both, out, count, width, limit, ROWS: tl.constexpr, BLOCK: tl.con
     mask = (rows < count)[:, None] & (columns < width)[None, :]
     lines = rows.to(tl.int64)[:, None]
     at = both + lines * (2 * width) + columns[None, :]
-    g, u, s = _activation(tl.load(at, mask, 0.0).to(tl.float32), tl.load(at + width, mask, 0.0).to(tl.float32), limit)
-    tl.store(out + lines * width + columns[None, :], (g * s * u).to(out.dtype.element_ty), mask)
+    gate, up = tl.load(at, mask, 0.0).to(tl.float32), tl.load(at + width, mask, 0.0).to(tl.float32)
+    tl.store(out + lines * width + columns[None, :], swiglu(gate, up, limit).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -110,6 +116,6 @@ def gate_pairs_backward(grad, both, dboth, count, width, limit, ROWS: tl.constex
     place = lines * (2 * width) + columns[None, :]
     d = tl.load(grad + lines * width + columns[None, :], mask, 0.0).to(tl.float32)
     gate, up = tl.load(both + place, mask, 0.0).to(tl.float32), tl.load(both + place + width, mask, 0.0).to(tl.float32)
-    dg, du, _ = _activation_backward(d, gate, up, limit)
+    dg, du, _ = _swiglu_backward(d, gate, up, limit)
     tl.store(dboth + place, dg.to(dboth.dtype.element_ty), mask)
     tl.store(dboth + place + width, du.to(dboth.dtype.element_ty), mask)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.router import kernel
 from model.kernels.router.rule import Rule
+from model.linear import wide_product
 
 TILE = 1024
 """Scores a program handles at a time."""
@@ -47,13 +48,6 @@ def route(x: Tensor, weight: Tensor, rule: Rule, *, bias: Tensor | None = None, 
     return Routing(*_Route.apply(x, weight, bias, indices, rule))
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices of one dtype with an fp32 result."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
 def halves(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Write a weight [E, D] in `dtype`; a wider one as two, one after the other [2 E, D], whose sum has (almost) all of its bits."""
     if weight.dtype.itemsize <= dtype.itemsize:
@@ -71,7 +65,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor | None, rule: Rule):
         tokens, experts = len(x), len(weight)
-        raw = product(x, halves(weight, x.dtype).T)
+        raw = wide_product(x, halves(weight, x.dtype))
         tile = _tile(experts)
         programs = triton.cdiv(tokens, tile["ROWS"])
         choose = indices is None
@@ -111,7 +105,7 @@ class _Route(torch.autograd.Function):
         )  # fmt: skip
         matrix = weight.to(x.dtype)
         dx = dlogits @ (torch.cat([matrix, matrix]) if narrow else matrix)
-        dweight = product(dlogits.T, x).view(-1, experts, x.shape[1])
+        dweight = wide_product(dlogits.T, x.T).view(-1, experts, x.shape[1])
         return dx, (dweight.sum(0) if narrow else dweight[0]).to(weight.dtype), None, None, None
 
 

@@ -18,21 +18,6 @@ WORDS = {"BLOCK": 8192, "num_warps": 8}
 """Logits that one program looks at together: a whole small vocabulary."""
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `op.product`."""
-    if x.dtype == torch.float32 or x.dtype != weight.dtype:
-        return torch.nn.functional.linear(x.float(), weight.float())
-    return torch.mm(x, weight.T, out_dtype=torch.float32)
-
-
-def normalise(x: Tensor, weight: Tensor, like: Tensor, *, eps: float) -> Tensor:
-    """Compute `op.normalise`."""
-    out = torch.empty(x.shape, device=x.device, dtype=like.dtype)
-    block = triton.next_power_of_2(x.shape[1])
-    kernel_attention.normalise[(len(x),)](x, weight, out, x.stride(0), x.shape[1], eps, BLOCK=block, num_warps=_warps(block))
-    return out
-
-
 def put_window(kv: Tensor, weight: Tensor, keys: Tensor, rows: Rows, *, window: int) -> None:
     """Compute `op.put_window`."""
     half = kv.shape[1] // 2

@@ -7,18 +7,6 @@ import triton.language as tl
 
 
 @triton.jit
-def normalise(x, weight, out, stride, width, eps, BLOCK: tl.constexpr):
-    """out = weight x / rms(x) of one row; rows of `x` are `stride` apart."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    v = tl.load(x + row * stride + columns, inside, 0.0).to(tl.float32)
-    v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
-    v *= tl.load(weight + columns, inside, 0.0).to(tl.float32)
-    tl.store(out + row * width + columns, v.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
 def _turned(even, odd, turns, position, pair, first, half):
     """Rotate the pairs from `first` on by the angles of a position, turns [*, half - first, 2]."""
     rotated = (pair >= first) & (pair < half)

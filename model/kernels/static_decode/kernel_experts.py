@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model.kernels.experts.kernel import swiglu
+
 
 @triton.jit
 def _chosen(indices, pair, pairs):
@@ -79,8 +81,6 @@ def multiply(x, order, ends, first_w, second_w, share, out, experts, width, outp
             if GATED:
                 up = tl.dot(a, _weights(second_w, expert, outputs, width, column, k), up, input_precision="ieee")
         if GATED:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit)
-            gate *= tl.sigmoid(gate) * up * tl.load(share + pair, seen, 0.0)[:, None]
+            gate = swiglu(gate, up, limit) * tl.load(share + pair, seen, 0.0)[:, None]
         at = out + place.to(tl.int64)[:, None] * outputs + column[None, :]
         tl.store(at, gate.to(out.dtype.element_ty), seen[:, None] & (column < outputs)[None, :])

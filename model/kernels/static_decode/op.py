@@ -12,24 +12,6 @@ from model.kernels.static_decode import reference
 from model.kernels.static_decode.rows import Pool, Rows
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply [B, D] by weight [N, D], products and sums in fp32: [B, N] fp32."""
-    if implementation_for(x) == "reference":
-        return reference.product(x, weight)
-    from model.kernels.static_decode import fused  # brings Triton, which a CPU does without
-
-    return fused.product(x, weight)
-
-
-def normalise(x: Tensor, weight: Tensor, like: Tensor, *, eps: float) -> Tensor:
-    """Return weight x / rms(x) of [B, D], its rows any distance apart, in the dtype of `like`."""
-    if implementation_for(x) == "reference":
-        return reference.normalise(x, weight, like, eps=eps)
-    from model.kernels.static_decode import fused  # brings Triton, which a CPU does without
-
-    return fused.normalise(x, weight, like, eps=eps)
-
-
 def put_window(kv: Tensor, weight: Tensor, keys: Tensor, rows: Rows, *, window: int) -> None:
     """Normalise and rotate a window key a row, and put it in its ring.
 

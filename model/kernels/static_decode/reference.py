@@ -11,14 +11,9 @@ from model.kernels.experts.op import routed_experts, swiglu
 from model.kernels.static_decode.rows import Pool, Rows
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `op.product`."""
-    return functional.linear(x.float(), weight.float())
-
-
-def normalise(x: Tensor, weight: Tensor, like: Tensor, *, eps: float) -> Tensor:
-    """Compute `op.normalise`."""
-    return functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(like.dtype)
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return weight x / rms(x) of [B, K] in fp32."""
+    return functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
@@ -31,7 +26,7 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
 
 def put_window(kv: Tensor, weight: Tensor, keys: Tensor, rows: Rows, *, window: int) -> None:
     """Compute `op.put_window`."""
-    new = _turned(normalise(kv, weight, weight.float(), eps=rows.eps), rows.turns[rows.positions])
+    new = _turned(_normalised(kv, weight, rows.eps), rows.turns[rows.positions])
     keys[torch.arange(len(kv), device=kv.device), FRONT + rows.positions % window] = new.to(keys.dtype)
 
 
@@ -47,7 +42,7 @@ def compress(kv: Tensor, gate: Tensor, pool: Pool, rows: Rows) -> None:
         own = (later == (slot >= ratio).unsqueeze(1)).unsqueeze(2)  # [B, 2m, 1]; the other half is the previous block
         width = kvs.shape[2] // 2
         kvs, gates = (torch.where(own, ring[..., width:], ring[..., :width]) for ring in (kvs, gates))
-    entry = normalise((gates.softmax(1) * kvs).sum(1), pool.weight, kvs, eps=rows.eps)
+    entry = _normalised((gates.softmax(1) * kvs).sum(1), pool.weight, rows.eps)
     entry = _turned(entry, rows.turns[(positions + 1 - ratio).clamp(min=0)]).to(pool.entries.dtype)
     complete, number = ((positions + 1) % ratio == 0).unsqueeze(1), positions // ratio
     pool.entries[row, number] = torch.where(complete, entry, pool.entries[row, number])

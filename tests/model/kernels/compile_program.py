@@ -22,7 +22,7 @@ failed: dict[str, str] = {}
 
 
 def only_compile() -> None:
-    """Make Triton believe in a Hopper GPU and stop every launch after compiling; make new memory zero and CUDA-only products work."""
+    """Make Triton believe in a Hopper GPU and stop every launch after compiling; make new memory zero."""
     target = GPUTarget("cuda", 90, 32)
     driver.set_active(
         SimpleNamespace(
@@ -44,12 +44,6 @@ def only_compile() -> None:
         found[name][kernel.hash] = kernel.metadata.shared
 
     JITFunction.run = compile_alone
-    product = torch.mm
-
-    def multiply(a, b, out_dtype=None, **options):  # a CPU has no products into a wider type
-        return product(a, b, **options) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype))
-
-    torch.mm = multiply
     torch.empty, torch.empty_like, torch.Tensor.new_empty = torch.zeros, torch.zeros_like, torch.Tensor.new_zeros
 
 

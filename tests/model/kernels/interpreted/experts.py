@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.kernels.experts import fused, gated, reference
+from model.kernels.static_decode import fused_experts
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,23 @@ def test_routed_experts(tokens, experts, active):
         results.append((out, *torch.autograd.grad(out, (x, weights, beside, *matrices), grad)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("branch", [0, 1], ids=["gate", "up"])
+def test_nan_stays_nan_both_ways(branch):
+    """A limit would make it a number like any other, and a broken step would go unseen."""
+    x, (shares, indices) = torch.ones(2, 16), (torch.ones(2, 1), torch.tensor([[0], [1]]))
+    matrices = [torch.ones(2, 8, 16), torch.ones(2, 16, 8), torch.ones(2, 8, 16)]
+    matrices[2 * branch][1] = float("nan")
+    for tensor in (x, *matrices):
+        tensor.requires_grad_()
+    routed = fused.RoutedExperts.apply(x, indices, shares, *matrices, 2.0)
+    both = torch.ones(2, 16)
+    both[1, 8 * branch] = float("nan")
+    gates = gated.swiglu(both.requires_grad_(), 2.0)
+    few = fused_experts.experts(x, indices, shares, tuple(matrices), limit=2.0)
+    for rows in (routed, few, *torch.autograd.grad(routed.sum(), x), gates, *torch.autograd.grad(gates.sum(), both)):
+        assert rows.isnan().any(1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 24), (37, 192), (0, 64)], ids=str)

@@ -11,6 +11,7 @@ def small_tiles_and_nan_filled(monkeypatch):
     """Give rows several tiles and programs, and fill new memory with NaN, so that an element that no kernel writes is seen."""
     monkeypatch.setattr(fused, "TILE", 64)
     monkeypatch.setattr(fused, "PROGRAMS", 3)
+    monkeypatch.setattr(fused, "FEW", 5)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -52,6 +53,16 @@ def test_rotate(shape, inverse):
     turns = turns_of(shape[0], *(1 for _ in shape[2:]), 4)
     x = torch.randn(shape, requires_grad=True)
     both(lambda x: fused.rotate(x, turns, inverse=inverse), lambda x: reference.rotate(x, turns, inverse=inverse), [x], torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_normalise_into_another_dtype(dtype):
+    torch.manual_seed(3)
+    x, weight, grad = torch.randn(5, 12, requires_grad=True), torch.randn(12), torch.randn(5, 12).to(dtype)
+    out, want = fused.normalise(x, weight, None, 1e-3, dtype), reference.normalise(x, weight, None, 1e-3)
+    torch.testing.assert_close(out, want.to(dtype))
+    got, right = torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(want, x, grad.float())[0]
+    torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
 
 
 def test_rows_that_lie_apart_and_no_rows():

@@ -39,13 +39,6 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("width", [3, 64, 100])
-def test_normalise(width: int) -> None:
-    wide, weight = torch.randn(5, 120), torch.randn(width)
-    x = wide[:, 7 : 7 + width]
-    close(fused.normalise(x, weight, wide, eps=1e-6), reference.normalise(x, weight, wide, eps=1e-6))
-
-
 def test_put_window() -> None:
     wide, weight, rows = torch.randn(4, 50), torch.randn(12), rows_of([0, 15, 16, 130])
     keys = torch.randn(4, 30, 12)
