@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from model.kernels.newton_schulz.op import orthogonalize_
+from model.kernels.updates.op import adamw_, descend_, nesterov_
+from model.kernels.updates.reference import AdamStep
 from runtime.config import OptimizerConfig
 
 
@@ -69,42 +71,35 @@ class HybridOptimizer(torch.optim.Optimizer):
                 self._adamw(present, group)
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        momentum = self.config.momentum
-        directions = []
+        gradients = []
         for parameter in parameters:
             state, gradient = self.state[parameter], parameter.grad
             assert gradient is not None
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-            directions.append(gradient.add_(buffer, alpha=momentum))
-        self._update([d for p, d in zip(parameters, directions, strict=True) if p not in self.layouts])
-        for parameter, direction in zip(parameters, directions, strict=True):
+            nesterov_(gradient, state["momentum_buffer"], self.config.momentum)
+            gradients.append(gradient)
+        self._update([g for p, g in zip(parameters, gradients, strict=True) if p not in self.layouts])
+        for parameter, direction in zip(parameters, gradients, strict=True):
             if parameter in self.layouts:
                 direction = self.layouts[parameter].update(direction, self._update)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+            descend_(parameter, direction, group["lr"], 1 - group["lr"] * group["weight_decay"])
 
     def _update(self, matrices: Sequence[Tensor]) -> None:
-        """Turn directions [N, M] or [E, N, M], those of one shape together, into updates of the configured RMS, in place."""
-        shapes: dict[tuple[int, int], list[Tensor]] = {}
-        for matrix in matrices:
-            low, high = sorted(matrix.shape[-2:])
-            shapes.setdefault((low, high), []).append(matrix)
-        # The most numbers first: while a GPU is busy with them, its host launches the small ones, which take it longer than the GPU.
-        for (_, high), members in sorted(shapes.items(), key=lambda item: -sum(matrix.numel() for matrix in item[1])):
-            orthogonalize_(members, self.config.update_rms * math.sqrt(high))
+        """Turn directions [N, M] or [E, N, M] into updates of the configured RMS, in place."""
+        if matrices:
+            orthogonalize_(matrices, self.config.update_rms)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = self.config.betas
         for parameter in parameters:
-            state = self.state[parameter]
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
             if not state:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 state["steps"] = torch.zeros((), dtype=torch.float32)
             state["steps"] += 1
-            state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
             steps = state["steps"].item()
-            scale = math.sqrt(1 - beta2**steps) / (1 - beta1**steps)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(self.config.eps), value=-group["lr"] * scale)
+            rate = group["lr"] * (math.sqrt(1 - beta2**steps) / (1 - beta1**steps))
+            step = AdamStep((beta1, beta2), self.config.eps, rate, 1 - group["lr"] * group["weight_decay"])
+            adamw_(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"]), step)

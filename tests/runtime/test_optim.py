@@ -42,9 +42,9 @@ def test_first_muon_step_follows_the_papers_formula_for_each_expert_alone():
 
 
 def test_orthogonalizing_in_place_is_orthogonalizing_each():
-    shapes = [(5, 12), (12, 5), (3, 12, 5), (2, 2, 5, 12)]
+    shapes = [(5, 12), (12, 5), (7, 7), (3, 12, 5), (2, 2, 5, 12), (20, 12)]
     matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(6)) for shape in shapes]
-    wanted = [0.3 * orthogonalize(matrix) for matrix in matrices]
+    wanted = [0.3 * max(matrix.shape[-2:]) ** 0.5 * orthogonalize(matrix) for matrix in matrices]
     orthogonalize_(matrices, 0.3)
     for matrix, want in zip(matrices, wanted, strict=True):
         torch.testing.assert_close(matrix, want)

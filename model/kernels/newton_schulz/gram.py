@@ -4,113 +4,136 @@ With G = X X^T a step multiplies X by P = aI + bG + cG^2 and G by P^2. All of th
 and every product among them is symmetric. Rounding errors of G that stand for small singular values would grow without bound, by a^2 a
 step, so X and G are made afresh after a few steps. In fp16, whose rounding is an eighth of bf16's, this is closer to the exact iteration
 than the usual form in bf16.
+
+Matrices of all shapes go through it together, for a host takes longer to launch a small product than a GPU to compute it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
-from model.kernels.newton_schulz.kernel import symmetric_product
+from model.kernels.newton_schulz import kernel
+from model.kernels.newton_schulz.plan import Plan, padded, plan
 from model.kernels.newton_schulz.reference import COEFFICIENTS
 
 SEGMENTS = (3, 3, 2, 2)
 """Steps between two fresh starts. Segments of 4 steps diverge on some spectra; these do on none that was tried."""
-AT_ONCE = 1 << 28
-"""Numbers of the matrices that are iterated at a time."""
-TILES = {"TILE": 128, "PAIR": False, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
+AT_ONCE = 1 << 29
+"""Numbers of the matrices that are iterated at a time, zeros around them included."""
+TILES = {"TILE": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Compute `op.orthogonalize` for matrices on a GPU."""
-    out = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
-    _orthogonalize([_wide(matrices.contiguous())], [_wide(out)], 1.0)
+    source = matrices.contiguous()
+    out = torch.empty_like(source)
+    flat = (each.view(-1, *matrices.shape[-2:]) for each in (source, out))
+    for sources, targets in zip(*(_portions([each]) for each in flat), strict=True):
+        _orthogonalize(sources, targets, None)
     return out
 
 
-def orthogonalize_(matrices: Sequence[Tensor], scale: float) -> None:
+def orthogonalize_(matrices: Sequence[Tensor], rms: float) -> None:
     """Compute `op.orthogonalize_` for matrices on a GPU."""
-    wide = [_wide(each) for each in matrices]
-    _orthogonalize(wide, wide, scale)
+    for portion in _portions([each.view(-1, *each.shape[-2:]) for each in matrices]):
+        _orthogonalize(portion, portion, rms)
 
 
-def _wide(matrices: Tensor) -> Tensor:
-    """View matrices [..., N, M], which are contiguous, as [B, low, high] with low <= high."""
-    flat = matrices.view(-1, *matrices.shape[-2:])
-    return flat.mT if flat.shape[1] > flat.shape[2] else flat
-
-
-def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
-    """Write `scale` times the orthogonalised sources [B, low, high] to the targets, which may be the same memory.
-
-    So many are iterated at a time that the working memory stays at a few times `AT_ONCE`.
-    """
-    for portion in _portions(sources, targets):
-        size = (sum(len(source) for source, _ in portion), *sources[0].shape[1:])
-        x = torch.empty(size, dtype=torch.float16, device=sources[0].device)
-        counts = [len(source) for source, _ in portion]
-        for (source, _), piece in zip(portion, x.split(counts), strict=True):
-            norm = torch.linalg.vector_norm(source, dim=(1, 2), keepdim=True, dtype=torch.promote_types(source.dtype, torch.float32))
-            torch.div(source, norm.clamp_min_(1e-30), out=piece)
-        first = 0
-        for steps in SEGMENTS:
-            x = _segment(x, COEFFICIENTS[first : first + steps])
-            first += steps
-        factor = torch.full((1, 1, 1), scale, device=x.device)  # fp32, and of x's rank: times a number, x would be rounded to fp16 again
-        for (_, target), piece in zip(portion, x.split(counts), strict=True):
-            torch.mul(piece, factor, out=target)
-
-
-def _portions(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Cut and gather pairs of batches of one shape so that each portion has at most `AT_ONCE` numbers, or one matrix."""
-    most = max(1, AT_ONCE // max(1, sources[0].shape[1] * sources[0].shape[2]))
-    portion: list[tuple[Tensor, Tensor]] = []
-    for source, target in zip(sources, targets, strict=True):
-        for pair in zip(source.split(most), target.split(most), strict=True):
-            if sum(len(other) for other, _ in portion) + len(pair[0]) > most:
+def _portions(batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut and gather batches [B, N, M] so that each portion has at most `AT_ONCE` numbers, or one matrix."""
+    portion: list[Tensor] = []
+    room = AT_ONCE
+    for batch in batches:
+        numbers = prod(padded(batch.shape, TILES["TILE"], TILES["BLOCK"]))
+        while len(batch):
+            count = min(len(batch), max(room // numbers, 0 if portion else 1))
+            if count:
+                portion.append(batch[:count])
+                batch, room = batch[count:], room - count * numbers
+            if len(batch):
                 yield portion
-                portion = []
-            portion.append(pair)
+                portion, room = [], AT_ONCE
     yield portion
 
 
-def _segment(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
-    """Make some steps from X [B, N, M] on: with P = aI + P', Q' = aQ + P'Q and G' = P P G, in the end X = Q X."""
-    gram = factor = symmetric(x, x)
-    for number, (a, b, c) in enumerate(steps):
-        rest = symmetric(gram, gram, add=gram, alpha=c, beta=b)
-        if number:
-            factor = symmetric(rest, factor, add=factor, beta=a)
-        else:
-            factor = rest.clone()
-            factor.diagonal(dim1=1, dim2=2).add_(a)
-        if number < len(steps) - 1:
-            half = symmetric(rest, gram, add=gram, beta=a)
-            gram = symmetric(rest, half, add=half, beta=a)
-    return torch.bmm(factor, x)
-
-
-def symmetric(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """Compute alpha A B^T + beta C where the result is symmetric.
+def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], rms: float | None) -> None:
+    """Write the orthogonalised sources [B, N, M] to the targets, which may be the same memory, or lie as the sources do.
 
     Args:
-        a, b: [B, N, K] contiguous, fp16 or bf16.
-        add: C [B, N, N], symmetric.
+        sources: contiguous.
+        targets: the same.
+        rms: the root mean square of what is written; None to scale nothing.
+    """
+    tile, block = TILES["TILE"], TILES["BLOCK"]
+    lowest = min(range(len(sources)), key=lambda i: sources[i].data_ptr())
+    source, target = sources[lowest], targets[lowest]
+    offsets = tuple((each.data_ptr() - source.data_ptr()) // source.itemsize for each in sources)
+    layout = plan(tuple(tuple(each.shape) for each in sources), offsets, tile, block, source.device)
+    x = torch.empty(layout.numbers, dtype=torch.float16, device=source.device)
+    squares, norm = (torch.empty(count, device=source.device) for count in (len(layout.owners), len(layout.places)))
+    tables, pieces = (layout.places, layout.matrices, layout.owners), (len(layout.owners),)
+    cut = {"HIGH": tile, "WIDE": block, "ALIGNED": 4 if layout.aligned else 1, "num_warps": TILES["num_warps"]}
+    kernel.sum_squares[pieces](source, *tables, squares, tile * block, cut["ALIGNED"], num_warps=TILES["num_warps"])
+    kernel.norms[(len(norm),)](squares, layout.matrices, norm, BLOCK=256)
+    kernel.normalise[pieces](source, norm, *tables, x, **cut)
+    first = 0
+    for steps in SEGMENTS:
+        x = _segment(layout, x, COEFFICIENTS[first : first + steps])
+        first += steps
+    kernel.put_back[pieces](x, *tables, target, 1.0 if rms is None else rms, SCALE=rms is not None, **cut)
+
+
+def _segment(layout: Plan, x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
+    """Make some steps from X on: with P = aI + P', Q' = aQ + P'Q and G' = P P G, in the end X = Q X."""
+    products = layout.products
+    gram = symmetric(layout.grams, x, x, torch.empty(layout.gram_numbers, dtype=x.dtype, device=x.device))
+    factor = torch.empty_like(gram)
+    for number, (a, b, c) in enumerate(steps):
+        rest = torch.empty_like(gram)
+        if number:
+            symmetric(products, gram, gram, rest, add=gram, alpha=c, beta=b)
+            factor = symmetric(products, rest, factor, torch.empty_like(gram), add=factor, beta=a)
+        else:
+            symmetric(products, gram, gram, rest, add=gram, alpha=c, beta=b, shifted=(factor, a))
+        if number < len(steps) - 1:
+            half = symmetric(products, rest, gram, torch.empty_like(gram), add=gram, beta=a)
+            gram = symmetric(products, rest, half, torch.empty_like(gram), add=half, beta=a)
+    out = torch.empty_like(x)
+    for group in layout.groups:
+        torch.bmm(group.of_grams(factor), group.of_lines(x), out=group.of_lines(out))
+    return out
+
+
+def symmetric(
+    table: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    add: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    shifted: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """Compute alpha A B^T + beta C of each matrix where the result is symmetric.
+
+    Args:
+        table: `Plan.grams` or `Plan.products`.
+        a, b: memory of the matrices or of Gram matrices, fp16 or bf16.
+        out: memory of Gram matrices, overwritten.
+        add: memory of C, symmetric.
         alpha, beta: the factors.
+        shifted: further memory of Gram matrices, overwritten with the result plus a number times I, and that number.
 
     Returns:
-        [B, N, N] in the dtype of `a`, exactly symmetric.
+        `out`, exactly symmetric.
     """
-    batch, size, depth = a.shape
-    out = torch.empty(batch, size, size, dtype=a.dtype, device=a.device)
-    tile, pair = TILES["TILE"], TILES["PAIR"]
-    high, wide = triton.cdiv(size, tile), triton.cdiv(size, 2 * tile)
-    tiles = wide * (wide + 1) if pair else high * (high + 1) // 2
-    full = size % ((1 + pair) * tile) == 0 and depth % TILES["BLOCK"] == 0
-    symmetric_product[(tiles, batch)](
-        a, b, out if add is None else add, out, size, depth, size * depth, size * size, depth, alpha, beta, add is not None, full, **TILES
+    second, diagonal = (out, 0.0) if shifted is None else shifted
+    kernel.symmetric_product[(len(table),)](
+        table, a, b, out if add is None else add, out, second, alpha, beta, diagonal, add is not None, shifted is not None, **TILES
     )
     return out

@@ -1,4 +1,4 @@
-"""Orthogonalise many matrices of one shape at once: which implementation runs."""
+"""Orthogonalise many matrices at once: which implementation runs."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return gram.orthogonalize(matrices)
 
 
-def orthogonalize_(matrices: Sequence[Tensor], scale: float) -> None:
-    """Replace matrices of one shape, or its transpose, by `scale` times what `orthogonalize` makes of each.
+def orthogonalize_(matrices: Sequence[Tensor], rms: float) -> None:
+    """Replace matrices by what `orthogonalize` makes of each, times rms sqrt(max(N, M)): its root mean square is then `rms`.
 
     On a GPU no copy in their dtype is made: what is iterated is in fp16 and bounded, see `gram`.
 
     Args:
-        matrices: at least one of [..., N, M] or [..., M, N], float, contiguous, each overwritten.
-        scale: the factor.
+        matrices: [..., N, M] of any shapes, at least one, of one float dtype, contiguous, each overwritten.
+        rms: without a unit.
     """
     if implementation_for(matrices[0]) == "reference":
-        reference.orthogonalize_(matrices, scale)
+        reference.orthogonalize_(matrices, rms)
         return
     from model.kernels.newton_schulz import gram  # brings Triton, which a CPU does without
 
-    gram.orthogonalize_(matrices, scale)
+    gram.orthogonalize_(matrices, rms)

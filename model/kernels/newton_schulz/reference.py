@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
 
@@ -34,17 +35,22 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).reshape(matrices.shape)
 
 
-def orthogonalize_(matrices: Sequence[Tensor], scale: float) -> None:
-    """Replace matrices of one shape, or its transpose, by `scale` times what `orthogonalize` makes of each.
+def orthogonalize_(matrices: Sequence[Tensor], rms: float) -> None:
+    """Replace matrices by what `orthogonalize` makes of each, times rms sqrt(max(N, M)); those of one shape are iterated together.
 
     Args:
-        matrices: [..., N, M] or [..., M, N] float, each overwritten.
-        scale: the factor.
+        matrices: [..., N, M] float, of any shapes, each overwritten.
+        rms: the root mean square of a semi-orthogonal matrix's update.
     """
-    wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in matrices]
-    stacked = orthogonalize(torch.cat([w.reshape(-1, *w.shape[-2:]) for w in wide])) * scale
-    for w, piece in zip(wide, stacked.split([prod(w.shape[:-2]) for w in wide]), strict=True):
-        w.copy_(piece.view(w.shape))
+    shapes: dict[tuple[int, int], list[Tensor]] = {}
+    for matrix in matrices:
+        wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+        low, high = wide.shape[-2:]
+        shapes.setdefault((low, high), []).append(wide)
+    for (_, high), members in shapes.items():
+        stacked = orthogonalize(torch.cat([w.reshape(-1, *w.shape[-2:]) for w in members])) * (rms * math.sqrt(high))
+        for w, piece in zip(members, stacked.split([prod(w.shape[:-2]) for w in members]), strict=True):
+            w.copy_(piece.view(w.shape))
 
 
 def _iterate(x: Tensor) -> Tensor:

@@ -125,6 +125,17 @@ def decode_long() -> None:
     select(q.to(torch.float8_e4m3fn), keys.to(torch.float8_e4m3fn), weights, row=row, ratio=4, count=32, key_scale=torch.ones(128))
 
 
+def step_weights() -> None:
+    """Make one step of Muon and one of Adam."""
+    from runtime.config import OptimizerConfig
+    from runtime.optim import HybridOptimizer
+
+    for name in ("muon", "adamw"):
+        parameter = torch.nn.Parameter(torch.zeros(512, 1024))
+        parameter.grad = torch.zeros_like(parameter)
+        HybridOptimizer([("w", parameter)], OptimizerConfig(name=name)).step()
+
+
 def main() -> None:
     """Compile what one step of each kind launches."""
     only_compile()
@@ -145,8 +156,9 @@ def main() -> None:
         StaticStep(model, rows=rows, capacity=256).run(rows)
     attend_as_flash()
     decode_long()
-    for shape in ((2, 640, 2048), (2, 200, 300)):
+    for shape in ((2, 640, 2048), (2, 200, 301)):
         orthogonalize(torch.randn(shape).half())
+    step_weights()
     x = torch.randn(64, 512).bfloat16()
     for rounded in (qat.fake_quantize_mxfp4, qat.fake_quantize_fp8, qat.fake_quantize_kv, qat.fake_quantize_index):
         rounded(x)

@@ -13,7 +13,7 @@ SHARED_BYTES = 227 * 1024
 """Of one program on Hopper."""
 FOLDERS = {
     "experts", "hyper_connections", "indexer", "logprob", "newton_schulz", "pooling", "quant", "reverse_kl", "rotary_norm", "router",
-    "sparse_attention", "static_decode",
+    "sparse_attention", "static_decode", "updates",
 }  # fmt: skip
 
 

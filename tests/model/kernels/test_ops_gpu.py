@@ -18,6 +18,9 @@ from model.kernels.newton_schulz import reference as newton_schulz_reference
 from model.kernels.newton_schulz.op import orthogonalize, orthogonalize_
 from model.kernels.reverse_kl.op import reverse_kl
 from model.kernels.reverse_kl.reference import reverse_kl as plain_reverse_kl
+from model.kernels.updates import op as updates
+from model.kernels.updates import reference as updates_reference
+from model.kernels.updates.reference import AdamStep
 from model.layout import PackedRow
 from model.quant.fp8 import encode_fp8
 from model.quant.grid import E2M1, E4M3, onto_grid
@@ -130,15 +133,31 @@ def test_newton_schulz(shape):
 
 
 def test_newton_schulz_in_place():
-    flat = torch.randn(4 * 640 * 2048 + 8, device="cuda")
-    pieces = flat[8:].split([640 * 2048, 640 * 2048, 2 * 640 * 2048])
-    shapes = [(640, 2048), (2048, 640), (2, 2048, 640)]
+    shapes = [(640, 2048), (2048, 640), (3, 2048, 640), (24, 8192), (4, 256), (2048, 2048), (300, 77)]
+    flat = torch.randn(sum(torch.Size(shape).numel() for shape in shapes) + 8, device="cuda")
+    pieces = flat[8:].split([torch.Size(shape).numel() for shape in shapes])
     matrices = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    gap, wanted = flat[:8].clone(), [0.3 * newton_schulz_reference.orthogonalize(matrix.double()) for matrix in matrices]
+    gap = flat[:8].clone()
+    wanted = [0.3 * max(each.shape[-2:]) ** 0.5 * newton_schulz_reference.orthogonalize(each.double()) for each in matrices]
     orthogonalize_(matrices, 0.3)
     for matrix, want in zip(matrices, wanted, strict=True):
         assert float((matrix - want).norm() / want.norm()) < 5e-3
     assert torch.equal(flat[:8], gap)
+
+
+@pytest.mark.parametrize("count", [1 << 20, (1 << 20) + 5], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-19], ids=str)
+def test_updates(count, scale):
+    way = AdamStep((0.9, 0.95), 1e-20, 0.01, 0.999)
+    parameter, gradient, mean = (torch.randn(count, device="cuda") for _ in range(3))
+    start = [parameter, gradient * scale, mean * scale, (mean * scale).square()]
+    got, want = ([each.clone() for each in start] for _ in range(2))
+    for module, (weight, new, first, second) in ((updates, got), (updates_reference, want)):
+        module.adamw_(weight, new, (first, second), way)
+        module.nesterov_(new, first, 0.95)
+        module.descend_(weight, new, 0.01, 0.9)
+    for mine, right, before in zip(got, want, start, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-6, atol=2e-6 * float(before.abs().max()))
 
 
 @pytest.mark.parametrize("lengths", [[1], [2900, 17, 3, 2777, 1], [9000]], ids=str)

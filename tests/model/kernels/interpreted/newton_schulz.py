@@ -5,13 +5,14 @@ import torch
 
 from model.kernels.choice import choose
 from model.kernels.newton_schulz import gram, op, reference
+from model.kernels.newton_schulz.plan import plan
 
 
 @pytest.fixture(autouse=True)
 def triton_and_small_tiles(monkeypatch):
     """Run the kernels, with tiles that small matrices have several of, on memory filled with NaN."""
     choose("triton")
-    monkeypatch.setattr(gram, "TILES", gram.TILES | {"TILE": 16, "BLOCK": 32})
+    monkeypatch.setattr(gram, "TILES", gram.TILES | {"TILE": 32, "BLOCK": 32})
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -19,17 +20,31 @@ def triton_and_small_tiles(monkeypatch):
     choose(None)
 
 
-@pytest.mark.parametrize("pair", [False, True], ids=["square_tiles", "wide_tiles"])
-@pytest.mark.parametrize("size", [1, 16, 37, 64, 97], ids=str)
-def test_symmetric_products(size, pair, monkeypatch):
-    monkeypatch.setattr(gram, "TILES", gram.TILES | {"PAIR": pair})
-    a = torch.randn(2, size, 64 if size == 64 else 75, dtype=torch.float16)  # 64: whole tiles only
-    c = torch.randn(2, size, size, dtype=torch.float16)
-    c += c.mT.clone()
-    got = gram.symmetric(a, a, add=c, alpha=0.5, beta=-2.0)
-    want = 0.5 * a.double() @ a.double().mT - 2.0 * c.double()
-    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-3)
-    assert torch.equal(got, got.mT)
+@pytest.mark.parametrize("depth", [32, 96], ids=str)
+def test_symmetric_products_of_many_sizes(depth):
+    shapes = [(2, 32, depth), (1, 128, depth), (3, 96, 32)]
+    layout = plan(tuple(shapes), (0, 0, 0), 32, 32, torch.device("cpu"))
+    x = torch.randn(layout.numbers, dtype=torch.float16)
+    c, out, second = (torch.full((layout.gram_numbers,), float("nan"), dtype=torch.float16) for _ in range(3))
+    for group in layout.groups:
+        noise = torch.randn(group.count, group.size, group.size)
+        group.of_grams(c).copy_(noise + noise.mT)
+    gram.symmetric(layout.grams, x, x, out, add=c, alpha=0.5, beta=-2.0, shifted=(second, 3.0))
+    assert sum(group.count for group in layout.groups) == 6
+    for group in layout.groups:
+        lines, got = group.of_lines(x).double(), group.of_grams(out)
+        want = 0.5 * lines @ lines.mT - 2.0 * group.of_grams(c).double()
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-3)
+        assert torch.equal(got, got.mT)
+        assert torch.equal(group.of_grams(second), got + 3.0 * torch.eye(group.size, dtype=torch.float16))
+
+
+def test_matrices_of_one_padded_size_lie_together():
+    layout = plan(((24, 90), (2, 60, 20), (40, 40), (90, 30)), (7, 5000, 9000, 12000), 32, 32, torch.device("cpu"))
+    assert [(group.count, group.size, group.depth) for group in layout.groups] == [(1, 64, 64), (2, 32, 96), (2, 32, 64)]
+    assert layout.places.tolist() == [9000, 7, 12000, 5000, 6200] and not layout.aligned
+    assert layout.owners.tolist() == [0] * 4 + [1] * 3 + [2] * 3 + [3] * 2 + [4] * 2
+    assert layout.matrices[3].tolist() == [10, 60, 20, 64 * 64 + 2 * 32 * 96, 64]
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (3, 32, 32), (2, 2, 20, 50), (1, 7)], ids=str)
@@ -41,14 +56,34 @@ def test_orthogonalize(shape):
     assert float((got - want).norm() / want.norm()) < 5e-3
 
 
-@pytest.mark.parametrize("at_once", [1, 3 * 20 * 30, 1 << 28], ids=["one_by_one", "three", "all"])
-def test_matrices_in_place(at_once, monkeypatch):
+@pytest.mark.parametrize(
+    ("at_once", "dtype"),
+    [(1, torch.float32), (3 * 32 * 32, torch.float32), (1 << 28, torch.bfloat16)],
+    ids=["one_by_one", "three", "all_in_bf16"],
+)
+def test_matrices_of_many_shapes_in_place(at_once, dtype, monkeypatch):
     monkeypatch.setattr(gram, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    shapes = [(20, 30), (4, 30, 20), (5, 20, 30), (2, 2, 30, 20), (30, 20)]
-    matrices = [torch.randn(shape) for shape in shapes]
-    wanted = [0.7 * reference.orthogonalize(matrix.double()) for matrix in matrices]
-    op.orthogonalize_(matrices, 0.7)
+    shapes = [(20, 30), (4, 30, 20), (5, 20, 30), (2, 2, 30, 20), (30, 20), (3, 50), (2, 61, 17), (70, 80)]
+    flat = torch.randn(9 + sum(torch.Size(shape).numel() + 1 for shape in shapes)).to(dtype)
+    matrices, gaps, at = [], [torch.arange(9)], 9
+    for shape in shapes:
+        count = torch.Size(shape).numel()
+        matrices.append(flat[at : at + count].view(shape))
+        at += count + 1
+        gaps.append(torch.tensor([at - 1]))
+    before = flat.clone()
+    wanted = [0.7 * max(each.shape[-2:]) ** 0.5 * reference.orthogonalize(each.double()) for each in matrices]
+    op.orthogonalize_(matrices[::-1], 0.7)
+    for matrix, want in zip(matrices, wanted, strict=True):
+        assert float((matrix - want).norm() / want.norm()) < 5e-3
+    assert torch.equal(flat[torch.cat(gaps)], before[torch.cat(gaps)])
+
+
+def test_matrices_that_own_their_memory():
+    matrices = [torch.randn(shape) for shape in [(8, 12), (64, 128), (12, 8)]]
+    wanted = [0.1 * max(each.shape) ** 0.5 * reference.orthogonalize(each.double()) for each in matrices]
+    op.orthogonalize_(matrices, 0.1)
     for matrix, want in zip(matrices, wanted, strict=True):
         assert float((matrix - want).norm() / want.norm()) < 5e-3
 
@@ -58,7 +93,7 @@ def test_a_scale_is_not_rounded_to_what_is_iterated():
     scaled = alone.clone()
     op.orthogonalize_([alone], 1.0)
     op.orthogonalize_([scaled], 0.1)
-    assert torch.equal(scaled, alone * 0.1)
+    torch.testing.assert_close(scaled, alone * 0.1, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 0.0], ids=str)

@@ -1,0 +1,1 @@
+"""The element-wise parts of an optimizer's step."""
