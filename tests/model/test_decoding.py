@@ -12,44 +12,14 @@ from model.config import ModelConfig
 from model.decoding import CompiledDecoder, TorchDecoder, decoder_for
 from model.packed_weights import PackedWeights
 from model.transformer import Transformer
+from tiny_models import ODD_SIZES, V4, lively
 
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    head_dim=32,
-    qk_rope_head_dim=8,
-    q_lora_rank=24,
-    o_groups=2,
-    o_lora_rank=20,
-    sliding_window=16,
-    compress_ratios=[0, 4, 128, 4, 0],
-    index_n_heads=5,
-    index_head_dim=12,
-    index_topk=6,
-    n_routed_experts=7,
-    num_experts_per_tok=3,
-    moe_intermediate_size=28,
-    num_hash_layers=1,
-    initializer_range=0.2,
-)
+CONFIG = replace(V4, **ODD_SIZES, index_head_dim=12)
 PROMPTS = [200, 3, 1, 100, 20, 127]
 
 
 def _model(config: ModelConfig = CONFIG, seed: int = 3) -> Transformer:
-    """A model with lively weights: everything that initialises to a constant is drawn at random."""
-    torch.manual_seed(seed)
-    model = Transformer(config).requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_scale"):
-            parameter.fill_(1.0)
-        elif parameter.ndim == 1 or name.endswith("ape"):
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    for name, buffer in model.named_buffers():
-        if name.endswith("bias"):
-            buffer.normal_(0, 0.3)
-    return model
+    return lively(config, seed).requires_grad_(False)
 
 
 def _filled(model: Transformer, prompts: list[int], *, capacity: int, copies: int = 1) -> list[Cache]:

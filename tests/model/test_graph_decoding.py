@@ -11,32 +11,18 @@ import pytest
 import torch
 
 from model.cache import Cache
-from model.config import ModelConfig, V32Config
+from model.config import ModelConfig
 from model.graph_decoding import GraphDecoder, hindrance
 from model.static_step import StaticStep
 from model.transformer import Transformer
+from tiny_models import ODD_SIZES, V4, V32, lively
 
-CONFIG = ModelConfig(
-    vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=32, qk_rope_head_dim=8, q_lora_rank=24,
-    o_groups=2, o_lora_rank=20, sliding_window=16, compress_ratios=[0, 4, 128, 4, 0], index_n_heads=5, index_head_dim=16, index_topk=6,
-    n_routed_experts=7, num_experts_per_tok=3, moe_intermediate_size=28, num_hash_layers=1, initializer_range=0.2,
-)  # fmt: skip
+CONFIG = replace(V4, **ODD_SIZES)
 PROMPTS = [200, 3, 1, 100, 20, 127]
 
 
 def _model(config: ModelConfig = CONFIG, seed: int = 3) -> Transformer:
-    """A model with lively weights: everything that initialises to a constant is drawn at random."""
-    torch.manual_seed(seed)
-    model = Transformer(config).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("_scale"):
-            parameter.fill_(1.0)
-        elif parameter.ndim == 1 or name.endswith("ape"):
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    for name, buffer in model.named_buffers():
-        if name.endswith("bias"):
-            buffer.normal_(0, 0.3)
-    return model
+    return lively(config, seed).requires_grad_(False).eval()
 
 
 def _filled(model: Transformer, prompts: list[int], *, capacity: int) -> Cache:
@@ -210,13 +196,6 @@ def test_calls_of_all_sizes_share_one_decoder() -> None:
 )
 def test_what_hinders_a_graph_is_named(model: Callable[[], Transformer], part: str) -> None:
     assert part in hindrance(model())
-
-
-V32 = V32Config(
-    vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
-    qk_rope_head_dim=8, v_head_dim=8, index_n_heads=2, index_head_dim=16, index_topk=4, n_routed_experts=4, num_experts_per_tok=2,
-    moe_intermediate_size=16, intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=0,
-)  # fmt: skip
 
 
 def _quantised(model: Transformer, **what: bool) -> Transformer:

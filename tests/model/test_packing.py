@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from model.cache import Cache
-from model.config import AnyConfig, ModelConfig, V32Config, V32RopeScaling
+from model.config import AnyConfig
 from model.transformer import Transformer
+from tiny_models import V4, V32
 
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    head_dim=32,
-    qk_rope_head_dim=8,
-    q_lora_rank=24,
-    o_groups=2,
-    o_lora_rank=16,
-    sliding_window=16,
-    compress_ratios=[0, 4, 128, 4, 0],
-    index_n_heads=16,
-    index_head_dim=16,
-    index_topk=6,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    num_hash_layers=1,
-    initializer_range=0.2,
-)
-V32 = V32Config(
-    vocab_size=97,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    q_lora_rank=24,
-    kv_lora_rank=20,
-    qk_nope_head_dim=12,
-    qk_rope_head_dim=8,
-    v_head_dim=10,
-    intermediate_size=40,
-    first_k_dense_replace=1,
-    index_n_heads=16,
-    index_head_dim=16,
-    index_topk=24,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    moe_intermediate_size=24,
-    initializer_range=0.2,
-    num_nextn_predict_layers=0,
-    rope_scaling=V32RopeScaling(original_max_position_embeddings=64),
-)
+CONFIG = replace(V4, vocab_size=97)
 LENGTHS = [300, 5, 1, 140, 37]
 
 

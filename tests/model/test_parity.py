@@ -11,29 +11,9 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tiny_models import V4, lively
 
 LENGTHS = (1, 3, 7, 127, 128, 129, 130, 131, 301)
-BASE = ModelConfig(
-    vocab_size=99,
-    hidden_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    head_dim=32,
-    qk_rope_head_dim=8,
-    q_lora_rank=24,
-    o_groups=2,
-    o_lora_rank=16,
-    sliding_window=16,
-    compress_ratios=[0, 4, 128, 4, 0],
-    index_n_heads=16,
-    index_head_dim=16,
-    index_topk=6,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    num_hash_layers=1,
-    initializer_range=0.2,
-)
 ONE_KIND = {
     "sliding_window": [0, 0],
     "csa": [4, 0],
@@ -104,17 +84,8 @@ def oracle_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def pair(config: ModelConfig, seed: int) -> tuple[Transformer, DeepseekV4ForCausalLM]:
-    """Two models with the same lively weights: everything that initialises to a constant is drawn at random."""
-    torch.manual_seed(seed)
-    ours = Transformer(config)
-    with torch.no_grad():
-        for name, value in ours.state_dict().items():
-            if name.endswith(("sink", "ape", "_base", "gate.bias")):
-                value.normal_(0, 0.5)
-            elif name.endswith("_scale"):
-                value.fill_(1.0)
-            elif name.endswith("norm.weight"):
-                value.normal_(1, 0.1)
+    """Two models with the same lively weights."""
+    ours = lively(config, seed)
     theirs = DeepseekV4ForCausalLM(oracle_config(config)).eval()
     mapped = oracle_tensors(ours.state_dict())
     result = theirs.load_state_dict(mapped, strict=False)
@@ -128,10 +99,10 @@ def whole(length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_logits_equal_the_oracle_at_every_length(seed: int) -> None:
-    ours, theirs = pair(BASE, seed)
+    ours, theirs = pair(V4, seed)
     with torch.no_grad():
         for length in LENGTHS:
-            tokens = torch.randint(BASE.vocab_size, (length,))
+            tokens = torch.randint(V4.vocab_size, (length,))
             logits = ours.head(ours(tokens, whole(length)).last)
             torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], atol=1e-4, rtol=0)
 
@@ -139,7 +110,7 @@ def test_logits_equal_the_oracle_at_every_length(seed: int) -> None:
 @pytest.mark.parametrize("hashed", [0, 1], ids=["scored", "hash"])
 @pytest.mark.parametrize("ratios", ONE_KIND.values(), ids=ONE_KIND.keys())
 def test_logits_equal_the_oracle_for_every_kind_of_layer(ratios: list[int], hashed: int) -> None:
-    config = replace(BASE, num_hidden_layers=1, compress_ratios=ratios, num_hash_layers=hashed)
+    config = replace(V4, num_hidden_layers=1, compress_ratios=ratios, num_hash_layers=hashed)
     ours, theirs = pair(config, 7)
     with torch.no_grad():
         for length in (7, 128, 301):
@@ -150,8 +121,8 @@ def test_logits_equal_the_oracle_for_every_kind_of_layer(ratios: list[int], hash
 
 @pytest.mark.parametrize("length", [7, 131, 301])
 def test_gradients_equal_the_oracle(length: int) -> None:
-    ours, theirs = pair(BASE, 11)
-    tokens = torch.randint(BASE.vocab_size, (length,))
+    ours, theirs = pair(V4, 11)
+    tokens = torch.randint(V4.vocab_size, (length,))
     for model, logits in ((ours, ours.head(ours(tokens, whole(length)).last)), (theirs, theirs(tokens[None]).logits[0])):
         model.zero_grad()
         functional.cross_entropy(logits[:-1], tokens[1:]).backward()

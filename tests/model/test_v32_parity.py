@@ -11,32 +11,10 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 from model.config import V32Config, V32RopeScaling
 from model.transformer import Transformer
+from tiny_models import V32, lively
 
 LENGTHS = (1, 3, 7, 127, 128, 129, 130, 131, 301)
-BASE = V32Config(
-    vocab_size=99,
-    hidden_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    q_lora_rank=24,
-    kv_lora_rank=20,
-    qk_nope_head_dim=12,
-    qk_rope_head_dim=8,
-    v_head_dim=10,
-    intermediate_size=40,
-    first_k_dense_replace=1,
-    index_n_heads=16,
-    index_head_dim=16,
-    index_topk=20,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    moe_intermediate_size=24,
-    initializer_range=0.2,
-    num_nextn_predict_layers=0,
-    rope_scaling=V32RopeScaling(original_max_position_embeddings=64),
-)
+BASE = replace(V32, vocab_size=99, num_hidden_layers=4, index_topk=20)
 VARIANTS = {
     "every token selected": {"index_topk": 400},
     "one token selected": {"index_topk": 1},
@@ -104,15 +82,8 @@ def oracle_config(config: V32Config) -> DeepseekV32Config:
 
 
 def pair(config: V32Config, seed: int) -> tuple[Transformer, DeepseekV32ForCausalLM]:
-    """Two models with the same lively weights: everything that initialises to a constant is drawn at random."""
-    torch.manual_seed(seed)
-    ours = Transformer(config)
-    with torch.no_grad():
-        for name, value in ours.state_dict().items():
-            if name.endswith("bias"):
-                value.normal_(0, 0.3)
-            elif name.endswith("norm.weight"):
-                value.normal_(1, 0.1)
+    """Two models with the same lively weights."""
+    ours = lively(config, seed)
     theirs = DeepseekV32ForCausalLM(oracle_config(config)).eval()
     result = theirs.load_state_dict(oracle_tensors(ours.state_dict()), strict=False)
     assert not result.unexpected_keys and all("inv_freq" in key for key in result.missing_keys), result

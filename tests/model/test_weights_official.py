@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from model import weights
 from model.checkpoints import files
-from model.config import ModelConfig, V32Config
+from model.config import ModelConfig
 from model.tokenizer import Tokenizer
-from model.transformer import Transformer
+from tiny_models import lively
 
 CONFIG = ModelConfig(
     vocab_size=40,
@@ -100,15 +100,6 @@ def listed() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return found
 
 
-def lively(config: ModelConfig | V32Config = CONFIG) -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(config)
-    for name, value in model.state_dict().items():
-        if name.endswith(("sink", "ape", "_base", "gate.bias", "norm.weight")):
-            value.normal_(1, 0.5)
-    return model
-
-
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()}
 
@@ -129,7 +120,7 @@ def values_of(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("official") / "model"
-    weights.save(lively(), path, layout="official")
+    weights.save(lively(CONFIG), path, layout="official")
     return path
 
 
@@ -162,14 +153,14 @@ def test_values_are_those_of_the_files(exported: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("precision", ["fp4", "fp8", "bf16"])
 def test_round_trip_is_bit_for_bit(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
-    weights.save(lively(), tmp_path / "a", layout="official", precision=precision)
+    weights.save(lively(CONFIG), tmp_path / "a", layout="official", precision=precision)
     weights.save(weights.load(tmp_path / "a", dtype=dtype), tmp_path / "b", layout="official")
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     assert (tmp_path / "a" / weights.CONFIG).read_text() == (tmp_path / "b" / weights.CONFIG).read_text()
 
 
 def test_fp32_loses_nothing(tmp_path: Path) -> None:
-    model = lively()
+    model = lively(CONFIG)
     weights.save(model, tmp_path / "a", layout="official", precision="fp32")
     loaded = weights.load(tmp_path / "a").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
@@ -177,7 +168,7 @@ def test_fp32_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_base_checkpoints_have_fp8_experts(tmp_path: Path) -> None:
-    weights.save(lively(), tmp_path / "a", layout="official", precision="fp8")
+    weights.save(lively(CONFIG), tmp_path / "a", layout="official", precision="fp8")
     stored = tensors_of(tmp_path / "a")
     assert stored["layers.0.ffn.experts.0.w1.weight"].dtype == FP8 and stored["layers.0.ffn.experts.0.w1.scale"].shape == (1, 2)
     assert "expert_dtype" not in json.loads((tmp_path / "a" / weights.CONFIG).read_text())

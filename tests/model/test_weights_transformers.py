@@ -11,73 +11,27 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, DeepseekV4Config, DeepseekV4ForCausalLM, DeepseekV32Config, DeepseekV32ForCausalLM
 
+import tiny_models
 from model import weights
 from model.config import ModelConfig, RopeScaling, V32Config, V32RopeScaling
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from tiny_models import lively
 
-V4 = ModelConfig(
+V4 = replace(tiny_models.V4, routed_scaling_factor=1.7, rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=64))
+V32 = replace(
+    tiny_models.V32,
     vocab_size=99,
-    hidden_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    head_dim=32,
-    qk_rope_head_dim=8,
-    q_lora_rank=24,
-    o_groups=2,
-    o_lora_rank=16,
-    sliding_window=16,
-    compress_ratios=[0, 4, 128, 4, 0],
-    index_n_heads=16,
-    index_head_dim=16,
-    index_topk=6,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    num_hash_layers=1,
-    routed_scaling_factor=1.7,
-    rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=64),
-    initializer_range=0.2,
-)
-V32 = V32Config(
-    vocab_size=99,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    q_lora_rank=24,
     kv_lora_rank=16,
     qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
     v_head_dim=12,
-    index_n_heads=16,
-    index_head_dim=16,
     index_topk=8,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    intermediate_size=40,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
+    num_nextn_predict_layers=1,
     max_position_embeddings=4096,
     rope_scaling=V32RopeScaling(factor=4.0, original_max_position_embeddings=64),
-    initializer_range=0.2,
 )
 ORACLES = {"deepseek_v4": (DeepseekV4ForCausalLM, DeepseekV4Config), "deepseek_v32": (DeepseekV32ForCausalLM, DeepseekV32Config)}
 both = pytest.mark.parametrize("config", [V4, V32], ids=lambda config: config.model_type)
-
-
-def lively(config: ModelConfig | V32Config, seed: int = 3) -> Transformer:
-    torch.manual_seed(seed)
-    model = Transformer(config)
-    for name, value in model.state_dict().items():
-        if name.endswith(("sink", "ape", "_base", "gate.bias", "k_norm.bias")):
-            value.normal_(0, 0.5)
-        elif name.endswith("_scale"):
-            value.fill_(1.0)
-        elif name.endswith("norm.weight"):
-            value.normal_(1, 0.1)
-    return model
 
 
 def oracle(path: Path, kind: str) -> torch.nn.Module:
