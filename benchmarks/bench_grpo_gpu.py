@@ -5,9 +5,11 @@ round is one step of TRL and several generations and steps of ours. Ours runs as
 DeepSpeed's ZeRO 1 with Muon, the head's EOS row silenced so that every sample has all its tokens. TRL drives transformers' model, loaded in
 bf16 without autocast, which is the faster way for it; it generates all samples at once and trains on them in `accumulate` parts.
 
-Then supervised batches: forward, backward and optimizer. MFU counts 6 FLOPs a token and active parameter (attention's projections, the
-chosen and the shared expert, router, compressors, mHC's maps, head; not the embedding, no MTP) against the data sheet's peak; beside it the
-same with core attention's products, and MFU against an 8192^3 product measured here. With --profile, where a supervised step's time goes.
+Then supervised batches: forward, backward and optimizer, one step right behind the other as in the pipeline's loops, where a GPU finishes
+one while the next is on its way to it; a step's time is that between two returns. MFU counts 6 FLOPs a token and active parameter
+(attention's projections, the chosen and the shared expert, router, compressors, mHC's maps, head; not the embedding, no MTP) against the
+data sheet's peak; beside it the same with core attention's products, and MFU against an 8192^3 product measured here. With --profile, where
+a supervised step's time goes.
 
     python benchmarks/bench_grpo_gpu.py [--rounds 2] [--rows 512] [--row-tokens 32768] [--skip-trl] [--profile]
     python benchmarks/bench_grpo_gpu.py --tiny    on a CPU in fp32, to check the program
@@ -19,7 +21,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,16 +134,17 @@ class Ours:
         drawn = torch.randint(5, vocabulary, (tokens // length, length), generator=generator).tolist()
         return pack([PackedSample(row, [False] + [True] * (length - 1)) for row in drawn], row_tokens=self.setting.row_tokens)
 
-    def supervised(self, tokens: int) -> Callable[[], int]:
-        """Return a step on a supervised batch of `tokens` tokens: forward, backward and optimizer."""
-        rows = self.rows(tokens)
+    def supervised(self, clock: Clock, tokens: int) -> None:
+        """Time steps on a supervised batch of `tokens` tokens, forward, backward and optimizer, each until the loop could go on."""
+        rows, name = self.rows(tokens), f"supervised {tokens}"
 
         def step() -> int:
-            self.trainer.forward_backward(rows, TRAINED)
-            self.trainer.optim_step(LEARNING_RATE, router_bias_speed=1e-3)
-            return self.settled()
+            self.trainer.train_step(rows, TRAINED, lr=LEARNING_RATE, router_bias_speed=1e-3)
+            return 0
 
-        return step
+        for turn in range(2 + 2 * OURS_A_ROUND):
+            clock.measure(name, step, counts=turn > 1)
+        clock.peaks[name] = self.settled()
 
     def profile(self, tokens: int) -> str:
         """Say where the time of such a step goes in the rank's process."""
@@ -217,9 +220,7 @@ def bench(arguments: argparse.Namespace) -> None:
         print(f"our rank after {time.perf_counter() - began:.0f} s", flush=True)
         Rounds(ours, clock).run(arguments.rounds + 1, theirs)
         for tokens in setting.batches:
-            step = ours.supervised(tokens)
-            for turn in range(2 + 2 * OURS_A_ROUND):
-                clock.measure(f"supervised {tokens}", step, counts=turn > 1)
+            ours.supervised(clock, tokens)
         profiled = "\n" + ours.profile(setting.batches[1]) if arguments.profile else ""
         ours.close()
         print(f"all in {time.perf_counter() - began:.0f} s", flush=True)

@@ -146,8 +146,8 @@ def step_on(engine: Any, task: Task, batches: list[Any], *, step: int) -> float:
 
     targets = float(sum(batch.target_count for batch in batches))
     loss = LossSpec("experts.loss:cross_entropy", balance_weight=1e-4)
-    sums = engine.forward_backward(split(batches, task.ranks)[task.rank], loss, targets)
-    engine.optim_step(LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS), 1e-3)
+    lr = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+    sums, _ = engine.train_step(split(batches, task.ranks)[task.rank], loss, targets, lr=lr, router_bias_speed=1e-3)
     return sums["loss"] / targets
 
 

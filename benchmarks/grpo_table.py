@@ -24,7 +24,7 @@ class Clock:
         self.peaks: dict[str, int] = {}
 
     def measure(self, name: str, run: Callable[[], int], *, counts: bool) -> None:
-        """Time `run`, which returns when the GPU is done, with the bytes."""
+        """Time `run`, which returns the most bytes allocated, 0 where they are read later."""
         began = time.perf_counter()
         peak = run()
         self.note(name, time.perf_counter() - began, peak, counts=counts)

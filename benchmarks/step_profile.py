@@ -1,8 +1,8 @@
 """Where the time of one supervised step goes: GPU and host time by phase, group and kernel, for `bench_grpo_gpu --profile`.
 
 Phases are those of the host when it launched a kernel: the engine's forward and backward, DeepSpeed's part of the optimizer step (copies of
-gradients, reduction, norm, clipping, new weights), and the optimizer itself. The profiler slows the host, so the step's seconds without it
-stand beside.
+gradients, reduction, new weights), and the optimizer itself, behind norm and clipping. The profiler slows the host, so the step's seconds
+without it stand beside: alone, from an idle GPU to an idle GPU, and in a chain of steps.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from runtime.batch import Batch
 from runtime.spec import LossSpec
 
 KERNELS = Path(__file__).resolve().parent.parent / "model/kernels"
 PHASES = {"forward_backward": "forward, backward", "optim_step": "DeepSpeed's step", "Optimizer.step#HybridOptimizer.step": "optimizer"}
-"""Ranges in the trace, the later inside the earlier where both hold; the last is torch's own mark around every optimizer's step."""
+"""Ranges in the trace, the later inside the earlier where both hold: the engine's marks, and torch's own around every optimizer's step."""
+CHAIN = 5
+"""Steps that follow one another."""
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 ON_HOST = ("cuda_runtime", "cuda_driver")
 GROUPS = {
@@ -49,29 +51,29 @@ class Span:
 
 
 def profile_step(actor: Any, rows: Sequence[Batch], loss: LossSpec, lr: float) -> str:
-    """Run a supervised step in a rank's process, three times without the profiler and twice with it; returns the tables."""
-    seconds = [_step(actor.engine, rows, loss, lr) for _ in range(3)]
+    """Run a supervised step in a rank's process, some times without the profiler and twice with it; returns the tables."""
+    alone = min(_seconds(actor.engine, rows, loss, lr) for _ in range(3))
+    chained = _seconds(actor.engine, rows, loss, lr, steps=CHAIN) / CHAIN
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     for _ in range(2):  # the first step under a profiler pays for setting it up
         with profile(activities=activities) as profiler:
-            profiled = _step(actor.engine, rows, loss, lr)
+            profiled = _seconds(actor.engine, rows, loss, lr)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     head = (
-        f"a step of {sum(len(row.tokens) for row in rows)} tokens: {min(seconds) * 1e3:.1f} ms, with the profiler {profiled * 1e3:.1f} ms"
+        f"a step of {sum(len(row.tokens) for row in rows)} tokens: {alone * 1e3:.1f} ms, in a chain {chained * 1e3:.1f} ms, "
+        f"with the profiler {profiled * 1e3:.1f} ms"
     )
     return "\n".join([head, *tables(events)])
 
 
-def _step(engine: Any, rows: Sequence[Batch], loss: LossSpec, lr: float) -> float:
-    """Return the seconds of one step, from an idle GPU to an idle GPU."""
+def _seconds(engine: Any, rows: Sequence[Batch], loss: LossSpec, lr: float, steps: int = 1) -> float:
+    """Return the seconds that steps one after the other take, from an idle GPU to an idle GPU."""
     began = time.perf_counter()
-    with record_function("forward_backward"):
-        engine.forward_backward(rows, loss, float(sum(row.target_count for row in rows)))
-    with record_function("optim_step"):
-        engine.optim_step(lr, 1e-3)
+    for _ in range(steps):
+        engine.train_step(rows, loss, float(sum(row.target_count for row in rows)), lr=lr, router_bias_speed=1e-3)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -59,8 +59,8 @@ def train(context: StepContext, trainer: Trainer, rollout: Rollout, domains: Map
         packed = [
             PackedSample(s.tokens, s.sampled, teacher=s.prompt.domain, shared=s.sampled.index(True)) for s in samples if any(s.sampled)
         ]
-        metrics = trainer.forward_backward(pack(packed, row_tokens=context.engine.row_tokens, ranks=trainer.ranks), spec)
-        metrics |= trainer.optim_step(learning_rate(step, config=config.optimizer, steps=config.steps))
+        rows = pack(packed, row_tokens=context.engine.row_tokens, ranks=trainer.ranks)
+        metrics = trainer.train_step(rows, spec, lr=learning_rate(step, config=config.optimizer, steps=config.steps))
         written = sum(sum(s.sampled) for s in samples)
         tokens += written
         now = time.monotonic()

@@ -35,9 +35,8 @@ def train(context: StepContext, trainer: Trainer, samples: Sequence[PackedSample
         began = time.monotonic()
         cursor, chosen = take(samples, cursor, config.tokens_per_step, seed=seed_of(context.seed, context.name))
         rows = pack(chosen, row_tokens=context.engine.row_tokens, ranks=trainer.ranks)
-        metrics = trainer.forward_backward(rows, loss_of_step(config, step))
         lr = learning_rate(step, config=config.optimizer, steps=config.steps)
-        metrics |= trainer.optim_step(lr, router_bias_speed=config.router_bias_speed)
+        metrics = trainer.train_step(rows, loss_of_step(config, step), lr=lr, router_bias_speed=config.router_bias_speed)
         size = sum(len(row.tokens) for row in rows)
         tokens += size
         took = time.monotonic() - began

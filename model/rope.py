@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from model.config import AnyConfig, RopeScaling
 from model.kernels.choice import implementation_for
+from model.transfer import send
 
 
 def inverse_frequencies(config: AnyConfig, *, compressed: bool) -> Tensor:
@@ -56,7 +57,7 @@ def yarn_frequencies(width: int, base: float, scaling: RopeScaling | None) -> Te
 
 def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     """Return the unit complex numbers that rotate each pair at each position: [..., R / 2] complex64."""
-    angles = positions.float().unsqueeze(-1) * frequencies.to(positions.device)
+    angles = positions.float().unsqueeze(-1) * send(frequencies, positions.device)
     return torch.polar(torch.ones_like(angles), angles)
 
 

@@ -99,7 +99,7 @@ def update(
         rows = pack(mine, row_tokens=context.engine.row_tokens, ranks=trainer.ranks)
         if config.kl_weight > 0:
             add_reference(trainer, rows)
-        measured = trainer.forward_backward(rows, spec) | trainer.optim_step(lr)
+        measured = trainer.train_step(rows, spec, lr=lr)
         # Only before the first update do trainer and rollout hold the same weights; later ratios are meant to differ from 1.
         metrics = measured | metrics if part else metrics | measured
     return metrics

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed on import; a
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from domains.types import Prompt, Sample
 from model import weights
@@ -26,7 +29,9 @@ from model.tokenizer import Tokenizer
 from model.transfer import send
 from model.transformer import Transformer
 from runtime.batch import Batch
+from runtime.clipping import Clipping, all_finite, read
 from runtime.config import SamplingConfig
+from runtime.deepspeed_config import deepspeed_config
 from runtime.generation.engine import Generator
 from runtime.objective import Objective, row_tensors
 from runtime.optim import HybridOptimizer
@@ -57,22 +62,12 @@ class Engine:
         freeze(model, train_mtp=spec.train_mtp, train_indexer=spec.train_indexer)
         self.objective = Objective(model)
         optimizer = HybridOptimizer(model.named_parameters(), spec.optimizer)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": spec.optimizer.grad_clip,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": None,
-        } | spec.deepspeed
-        if self.dtype == torch.bfloat16:
-            # DeepSpeed looks at every gradient on its own, some 1700 launches a step; below stage 2 `_gradients_are_finite` is enough.
-            sharded = spec.deepspeed.get("zero_optimization", {}).get("stage", 0) >= 2
-            config["bf16"] = {"check_grad_overflow": sharded} | spec.deepspeed["bf16"]
+        config, most = deepspeed_config(spec)
         self.deepspeed, *_ = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=config)
         self.stage = self.deepspeed.zero_optimization_stage()
         self.optimizer = optimizer
         optimizer.layouts = layouts_of(self.deepspeed.optimizer, self.stage)
+        self._clipping = None if most is None else Clipping(self.deepspeed.optimizer, optimizer.layouts, most=most)
         self.frozen = {name: self._load(path).requires_grad_(False).eval() for name, path in spec.frozen.items()}
         for each in (model, *self.frozen.values()):
             each.quantize(**asdict(spec.quantization))
@@ -83,9 +78,36 @@ class Engine:
         """The policy; the generator samples from these very parameters."""
         return self.objective.model
 
-    def forward_backward(self, batches: Sequence[Batch], loss: LossSpec, denominator: float) -> dict[str, float]:
-        """Accumulate gradients of sum(loss) / denominator over all ranks' rows; returns this rank's metric sums."""
-        measured: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU then never waits for its host between two rows
+    def train_step(
+        self, batches: Sequence[Batch], loss: LossSpec, denominator: float, *, lr: float, router_bias_speed: float = 0.0
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Follow the gradient of sum(loss) / denominator over all ranks' rows, then nudge the routers' biases.
+
+        A GPU may still be at work when this returns. A step whose gradients are not finite changes nothing; it is counted in
+        `actor/skipped`.
+
+        Returns:
+            this rank's metric sums, and what was measured of the optimizer step, the same on all ranks.
+
+        Raises:
+            RuntimeError: the gradients of `SKIPPED_IN_A_ROW` steps one after the other were not finite.
+        """
+        with record_function("forward_backward"):
+            metrics = self._forward_backward(batches, loss, denominator)
+        with record_function("optim_step"):
+            values, norm = self._optim_step([value for parts in metrics.values() for value in parts], lr)
+            applied = math.isfinite(norm)
+            self._count_skipped(applied)
+            if router_bias_speed and applied:
+                self._nudge_routers(router_bias_speed)
+        left = iter(values)
+        sums = {name: sum(islice(left, len(parts))) for name, parts in metrics.items()}
+        measured = {"actor/grad_norm": norm} if self.stage else {}  # without ZeRO DeepSpeed clips without telling
+        return sums, {"actor/lr": lr} | (measured if applied else {"actor/skipped": 1.0})
+
+    def _forward_backward(self, batches: Sequence[Batch], loss: LossSpec, denominator: float) -> dict[str, list[torch.Tensor]]:
+        """Accumulate gradients; returns each metric's sum over each row, which nobody has waited for yet."""
+        measured: dict[str, list[torch.Tensor]] = {}
         for batch in batches:
             self.deepspeed.train(batch.target_count > 0)  # a row that only keeps ranks in step must not count as the routers' load
             teacher = self.frozen[batch.teacher] if batch.teacher else None
@@ -94,43 +116,33 @@ class Engine:
             self.deepspeed.backward(value * self.spec.ranks, scale_wrt_gas=False)
             for name, metric in self.objective.metrics.items():
                 measured.setdefault(name, []).append(metric)
-        return {name: sum(map(float, values)) for name, values in measured.items()}
+        return measured
 
-    def optim_step(self, lr: float, router_bias_speed: float = 0.0) -> dict[str, float]:
-        """Apply the accumulated gradients with this learning rate, then nudge the routers' biases.
-
-        A step whose gradients are not finite changes nothing; it is counted in `actor/skipped`.
-
-        Raises:
-            RuntimeError: that happened in `SKIPPED_IN_A_ROW` steps one after the other.
-        """
+    def _optim_step(self, metrics: Sequence[torch.Tensor], lr: float) -> tuple[list[float], float]:
+        """Apply the accumulated gradients; returns the values of the metrics, and the gradients' norm, not finite where nothing changed."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        applied = self._gradients_are_finite()
-        if applied:
+        if self._clipping is not None:
+            self._clipping.begin(metrics)
             self.deepspeed.step()
-            applied = self.deepspeed.was_step_applied()
+            values, norm = self._clipping.values, self._clipping.norm
+        else:
+            # From stage 2 on the gradients are gone by now, and DeepSpeed has looked at them.
+            applied = self.stage >= 2 or all_finite([p.grad for p in self.model.parameters() if p.grad is not None])
+            if applied:
+                self.deepspeed.step()
+                applied = self.deepspeed.was_step_applied()
+            norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if applied else math.inf
+            values = read(metrics)
         self.deepspeed.zero_grad()
-        self._count_skipped(applied)
-        if router_bias_speed and applied:
-            load = self.model.router_load()
-            if self.spec.ranks > 1:
-                dist.all_reduce(load)
-            self.model.update_router_bias(router_bias_speed, load)
-        norm = self.deepspeed.get_global_grad_norm() if applied else None  # at stage 0 DeepSpeed clips without telling
-        measured = {} if norm is None else {"actor/grad_norm": float(norm)}
-        return {"actor/lr": lr} | measured | ({} if applied else {"actor/skipped": 1.0})
+        return values, norm
 
-    def _gradients_are_finite(self) -> bool:
-        """Say whether all ranks' gradients are finite; from stage 2 on they are gone by now, and DeepSpeed has looked at them."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.stage >= 2 or not gradients:
-            return True
-        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    def _nudge_routers(self, speed: float) -> None:
+        """Move the routers' biases by the load on all ranks."""
+        load = self.model.router_load()
         if self.spec.ranks > 1:
-            dist.all_reduce(found := finite.float(), op=dist.ReduceOp.MIN)
-            return bool(found)
-        return bool(finite)
+            dist.all_reduce(load)
+        self.model.update_router_bias(speed, load)
 
     def _count_skipped(self, applied: bool) -> None:
         self._skipped = 0 if applied else self._skipped + 1

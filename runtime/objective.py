@@ -68,12 +68,13 @@ class Objective(nn.Module):
         row = row_tensors(batch, device, share=not (spec.balance_weight or spec.mtp_weight))
         tokens, cu_seqlens, _ = row
         hidden = self.model(*row, indexer=spec.indexer)
-        targets = torch.from_numpy(batch.targets.nonzero()[0])
+        places = batch.targets.nonzero()[0]
+        targets = torch.from_numpy(places)
         where = send(targets, device)  # [R]
         rows = Rows(
             hidden=hidden.last[where - 1],
             targets=tokens[where],
-            fields={name: send(torch.from_numpy(values)[targets], device) for name, values in batch.fields.items()},
+            fields={name: send(torch.from_numpy(values[places]), device) for name, values in batch.fields.items()},
             sample=send(torch.searchsorted(cu_seqlens, targets, right=True) - 1, device),
             samples=len(batch.cu_seqlens) - 1,
             teacher=None if teacher is None else teacher_states(teacher, row, where),
@@ -111,7 +112,8 @@ def row_tensors(batch: Batch, device: torch.device, *, share: bool) -> tuple[Ten
         share: compute what samples share once; a loss that counts every token of every sample (balance, MTP) must not.
     """
     tokens, cu_seqlens, source = padded(batch if share else replace(batch, source=None))
-    return send(torch.from_numpy(tokens), device), torch.from_numpy(cu_seqlens), None if source is None else torch.from_numpy(source)
+    # Copies: what Ray delivers cannot be written to, which a tensor cannot say.
+    return send(torch.tensor(tokens), device), torch.tensor(cu_seqlens), None if source is None else torch.tensor(source)
 
 
 def padded(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:

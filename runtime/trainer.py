@@ -62,23 +62,22 @@ class Trainer:
         """Ranks that rows are dealt to."""
         return self.group.ranks
 
-    def forward_backward(self, batches: Sequence[Batch], loss: LossSpec) -> dict[str, float]:
-        """Accumulate the gradient of the mean loss over all targets of all rows.
+    def train_step(self, batches: Sequence[Batch], loss: LossSpec, *, lr: float, router_bias_speed: float = 0.0) -> dict[str, float]:
+        """Take one optimizer step along the gradient of the mean loss over all targets of all rows.
+
+        GPUs may still be at work on it when this returns: what is called next on the ranks comes behind it.
 
         Returns:
-            the loss's metrics: sums over targets divided by the number of targets; `targets` is that number.
+            the loss's metrics: sums over targets divided by the number of targets; `targets` is that number; and the optimizer's.
         """
         denominator = float(max(1, sum(batch.target_count for batch in batches)))
         shares = [(rows, loss, denominator) for rows in split(batches, self.group.ranks)]
+        parts = self.group.call("train_step", shares, lr=lr, router_bias_speed=router_bias_speed)
         sums: dict[str, float] = {}
-        for part in self.group.call("forward_backward", shares):
+        for part, _ in parts:
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return {name: value / denominator for name, value in sums.items()} | {"targets": denominator}
-
-    def optim_step(self, lr: float, *, router_bias_speed: float = 0.0) -> dict[str, float]:
-        """Apply the accumulated gradient."""
-        return self.group.call("optim_step", [(lr, router_bias_speed)] * self.group.ranks)[0]
+        return {name: value / denominator for name, value in sums.items()} | {"targets": denominator} | parts[0][1]
 
     def logprobs(self, batches: Sequence[Batch], model: str = "") -> list[np.ndarray]:
         """Return each row's target log-probs [R] float32, nats, in the order of `batches`; `model` names a frozen one."""

@@ -60,8 +60,9 @@ def main() -> None:
         learns = "dense" if step < steps // 2 else "sparse"
         loss = LossSpec("experts.loss:cross_entropy", balance_weight=1e-4, mtp_weight=0.3, indexer_weight=1.0, indexer=learns)
         total = float(sum(row.target_count for row in rows))
-        losses.append(engine.forward_backward(rows, loss, total)["loss"] / total)
-        engine.optim_step(learning_rate(step, config=optimizer, steps=steps), 1e-3)
+        lr = learning_rate(step, config=optimizer, steps=steps)
+        sums, _ = engine.train_step(rows, loss, total, lr=lr, router_bias_speed=1e-3)
+        losses.append(sums["loss"] / total)
     print("LOSSES " + json.dumps(losses), flush=True)
     domain.close()
     engine.close()

@@ -57,8 +57,7 @@ def test_rollout_and_trainer_agree_on_the_same_tokens(parts):
     for row, trained in zip(rows, trainer.logprobs(rows), strict=True):
         np.testing.assert_allclose(trained, row.fields["logprobs"][row.targets], atol=1e-4)
     spec = LossSpec("rl.loss:grpo", {"clip": (0.2, 0.28)})
-    assert trainer.forward_backward(rows, spec)["mismatch_kl/mean"] < 1e-7
-    trainer.optim_step(0.0)
+    assert trainer.train_step(rows, spec, lr=0.0)["mismatch_kl/mean"] < 1e-7
 
 
 def test_the_same_stream_gives_the_same_samples_whatever_shares_the_batch(parts):
@@ -85,11 +84,7 @@ def test_a_checkpoint_restores_training_bit_for_bit(parts):
     spec = LossSpec("experts.loss:cross_entropy", balance_weight=1e-3)
 
     def steps(count):
-        losses = []
-        for _ in range(count):
-            losses.append(trainer.forward_backward(rows, spec)["loss"])
-            trainer.optim_step(0.01, router_bias_speed=1e-3)
-        return losses
+        return [trainer.train_step(rows, spec, lr=0.01, router_bias_speed=1e-3)["loss"] for _ in range(count)]
 
     steps(2)
     trainer.save(2, {"cursor": 5})
@@ -102,8 +97,7 @@ def test_the_frozen_model_stays_where_it_started(parts):
     trainer, rollout, domain = parts
     rows = rows_of(rollout.generate(domain.prompts("train", 3, seed=3), SAMPLING, stream="e"))
     before = trainer.logprobs(rows, "reference")
-    trainer.forward_backward(rows, LossSpec("experts.loss:cross_entropy"))
-    trainer.optim_step(0.01)
+    trainer.train_step(rows, LossSpec("experts.loss:cross_entropy"), lr=0.01)
     assert all((a == b).all() for a, b in zip(before, trainer.logprobs(rows, "reference"), strict=True))
     assert any((a != b).any() for a, b in zip(before, trainer.logprobs(rows), strict=True))
 

@@ -40,6 +40,8 @@ def main() -> None:
     spec.train_indexer = spec.train_mtp = True
     engine = Engine(spec, rank)
     objective.PAD_TOKENS = 8
+    # The optimizer's kernels read no cut up parameter, and take the interpreter long.
+    engine.optimizer.register_step_pre_hook(lambda *_: choose("reference"))
     options = {"mtp_weight": 0.3} if engine.model.mtp else {}
     loss = LossSpec("experts.loss:cross_entropy", balance_weight=1e-2, indexer_weight=1e-2, indexer="sparse", **options)
     measured = []
@@ -47,9 +49,7 @@ def main() -> None:
         rows = pack(samples(), row_tokens=28)
         total = float(sum(row.target_count for row in rows))
         choose(kernels)
-        sums = engine.forward_backward(split(rows, ranks)[rank], loss, total)
-        choose("reference")  # the optimizer's kernels read no cut up parameter, and take the interpreter long
-        engine.optim_step(0.01, 1e-3)
+        sums, _ = engine.train_step(split(rows, ranks)[rank], loss, total, lr=0.01, router_bias_speed=1e-3)
         measured.append({name: value / total for name, value in sums.items()})
     print("MEASURED " + json.dumps(measured), flush=True)
     engine.close()
