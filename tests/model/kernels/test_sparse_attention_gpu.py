@@ -17,15 +17,6 @@ CONFIG = ModelConfig(num_hidden_layers=2, compress_ratios=[4, 128], num_nextn_pr
 Inputs = tuple[PackedRow, int, dict[str, Tensor | None]]
 
 
-@pytest.fixture(autouse=True)
-def _nan_filled():  # type: ignore[no-untyped-def]
-    """Fill what is allocated with NaN, so that an element that no kernel writes is seen; this also asks for the owned gradient."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def draw(lengths: list[int], ratio: int, *, heads: int = 64, width: int = 512, listed: int = 0) -> Inputs:
     """Draw fp32 inputs of a packed row; `listed` entries a query, or as many as it sees."""
     torch.manual_seed(0)

@@ -14,8 +14,6 @@ from model.kernels.reverse_kl.op import reverse_kl
 @pytest.fixture(autouse=True)
 def triton_everywhere():
     choose("triton")
-    yield
-    choose(None)
 
 
 def problem(rows, width, vocabulary, dtype=torch.float32):

