@@ -68,6 +68,7 @@ def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], rms: fl
         targets: the same.
         rms: the root mean square of what is written; None to scale nothing.
     """
+    assert all(each.is_contiguous() and each.dtype == sources[0].dtype for each in sources), "the kernels count numbers from the first"
     tile, block = TILES["TILE"], TILES["BLOCK"]
     lowest = min(range(len(sources)), key=lambda i: sources[i].data_ptr())
     source, target = sources[lowest], targets[lowest]

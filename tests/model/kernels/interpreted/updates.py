@@ -6,6 +6,8 @@ import torch
 from model.kernels.choice import choose
 from model.kernels.updates import op, reference
 from model.kernels.updates.reference import AdamStep
+from runtime.config import OptimizerConfig
+from runtime.optim import HybridOptimizer
 
 SIZES = [1, 2048, 5003]
 """Less than a program's numbers, as many, and a ragged end."""
@@ -66,3 +68,23 @@ def test_no_gradient_moves_nothing_but_by_decay():
     start = parameter.clone()
     op.adamw_(parameter, nothing, (nothing.clone(), nothing.clone()), AdamStep((0.9, 0.95), 1e-20, 0.01, 0.5))
     assert torch.equal(parameter, start * 0.5)
+
+
+def test_steps_of_the_whole_optimizer():
+    torch.manual_seed(0)
+    shapes = {"a": (20, 30), "experts": (3, 30, 20), "norm": (50,), "embed.weight": (40, 20)}
+    starts = {name: torch.randn(shape) for name, shape in shapes.items()}
+    gradients = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]
+    ends = []
+    for implementation in ("triton", "reference"):
+        choose(implementation)
+        parameters = {name: torch.nn.Parameter(start.clone()) for name, start in starts.items()}
+        optimizer = HybridOptimizer(parameters.items(), OptimizerConfig(lr=0.01))
+        for step in gradients:
+            for name, parameter in parameters.items():
+                parameter.grad = step[name].clone()
+            optimizer.step()
+        ends.append(parameters)
+    for name, start in starts.items():
+        moved, wanted = (each[name].detach() - start for each in ends)
+        assert float((moved - wanted).norm() / wanted.norm()) < 5e-3
