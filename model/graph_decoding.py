@@ -77,6 +77,13 @@ class GraphDecoder:
         """Places that a step computes."""
         return _size(self._count)
 
+    def enter(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """Take the rows' first choices [B] and their log-probs [B], which nobody waits for: they are fed, and collected, like a step's."""
+        step = self._step
+        assert step is not None and len(tokens) == self._count
+        step.tokens[: self._count], step.logprobs[: self._count] = tokens, logprobs
+        self._send_back(step, self._next_slot())
+
     def launch(self, forced: NDArray[np.int32], draws: NDArray[np.float32]) -> None:
         """Start a step.
 
@@ -85,15 +92,12 @@ class GraphDecoder:
             draws: [B] fp32 in [0, 1), for choosing the next token.
         """
         step, count = self._step, self._count
-        assert step is not None and len(forced) == len(draws) == count and len(self._pending) < len(self._slots)
-        slot = self._slots[0]
-        self._slots.rotate(-1)
+        assert step is not None and len(forced) == len(draws) == count
+        slot = self._next_slot()
         slot.forced[:count], slot.draws[:count] = forced, draws
         step.inbox.copy_(slot.inbox, non_blocking=True)
         self._run(step, self.size)
-        slot.outbox.copy_(step.outbox, non_blocking=True)
-        slot.mark()
-        self._pending.append(_Pending(slot, count))
+        self._send_back(step, slot)
 
     def collect(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Wait for the oldest step and return its choices [B] and their log-probs [B], nats, of the rows that are still there."""
@@ -137,6 +141,17 @@ class GraphDecoder:
         self._slots = deque(_Slot(self._step) for _ in range(2))
         self._memory = torch.cuda.graph_pool_handle() if self._step.inbox.is_cuda else None
         return self._step
+
+    def _next_slot(self) -> _Slot:
+        assert len(self._pending) < len(self._slots)
+        self._slots.rotate(-1)
+        return self._slots[-1]
+
+    def _send_back(self, step: StaticStep, slot: _Slot) -> None:
+        """Let the choices follow what was launched, on their way to whoever collects them."""
+        slot.outbox.copy_(step.outbox, non_blocking=True)
+        slot.mark()
+        self._pending.append(_Pending(slot, self._count))
 
     def _run(self, step: StaticStep, size: int) -> None:
         if not step.inbox.is_cuda:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,8 +65,8 @@ class Generator:
         self._say(_how(self.model, sampling, hindered))
         out: list[Sample] = []
         for start in range(0, len(prompts), at_once):
-            rows = self._rows(prompts[start : start + at_once], seeds[start : start + at_once], sampling, samples)
-            out += self._generate(rows, sampling, samples, decoding=decoding)
+            tasks = list(zip(prompts[start : start + at_once], seeds[start : start + at_once], strict=True))
+            out += self._generate(tasks, sampling, samples, decoding=decoding)
         return out
 
     def close(self) -> None:
@@ -81,40 +82,27 @@ class Generator:
             logger.info("decoding in %s", how)
             self._said = how
 
-    def _rows(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingConfig, samples: int) -> list[Row]:
-        domain, _ = self._domain(prompts[0].domain)
-        encoded = [prompt_tokens(self.tokenizer, p.messages, domain.thinking_mode) for p in prompts]
-        per_token = DRAWS if sampling.speculative else 1
-        return [
-            Row(
-                prompt=prompts[i],
-                tokens=list(encoded[i]),
-                prompt_length=len(encoded[i]),
-                draws=uniforms(seeds[i], g, per_token * sampling.max_new_tokens).tolist() if sampling.temperature > 0 else None,
-                turn_start=len(encoded[i]),
-            )
-            for i in range(len(prompts))
-            for g in range(samples)
-        ]
-
     def _generate(
-        self, rows: list[Row], sampling: SamplingConfig, samples: int, *, decoding: Callable[[Cache], Decoder] | None
+        self, tasks: list[tuple[Prompt, int]], sampling: SamplingConfig, samples: int, *, decoding: Callable[[Cache], Decoder] | None
     ) -> list[Sample]:
-        """Answer the prompts of some rows together: speculatively, with a decoder, or without one in CUDA graphs."""
-        domain, environment = self._domain(rows[0].prompt.domain)
+        """Answer prompts, each with its seed, together: speculatively, with a decoder, or without one in CUDA graphs."""
+        domain, environment = self._domain(tasks[0][0].domain)
+        encoded = [prompt_tokens(self.tokenizer, prompt.messages, domain.thinking_mode) for prompt, _ in tasks]
+        logits, cache = self._prefill(encoded, sampling)
+        source = torch.arange(len(tasks) * samples, device=logits.device) // samples
+        logits = logits[source]
+        if decoding is None and not sampling.speculative:
+            self._graphs.start(cache, source, temperature=sampling.temperature)
+        rows = _rows(tasks, encoded, sampling, samples)  # while a GPU is at what it was told above
         if environment is not None:
             for row, episode in zip(rows, environment.open([r.prompt for r in rows]), strict=True):
                 row.episode = episode
-        logits, cache = self._prefill([row.tokens for row in rows[::samples]], sampling)
-        source = torch.arange(len(rows), device=logits.device) // samples
-        logits = logits[source]
         turns = Turns(self.tokenizer, domain, environment, sampling, cache.capacity)
         if sampling.speculative:
             decode_speculatively(rows, logits, self.model, cache.select(source), turns)
         elif decoding is None:
-            self._graphs.start(cache, source, temperature=sampling.temperature)
             del cache  # copied; with one sample a prompt it is as large as what the graphs work on
-            self._advance(rows, logits, turns)
+            self._graphs.enter(*_choose(rows, logits, sampling))
             decode_ahead(rows, self._graphs, turns)
         else:
             self._decode(rows, logits, decoding(cache.select(source)), turns)
@@ -148,14 +136,12 @@ class Generator:
 
     def _advance(self, rows: list[Row], logits: Tensor, turns: Turns) -> bool:
         """Give every row its next token and end the turns that are over; returns whether there were any."""
-        sampling, draws = turns.sampling, None
-        if sampling.temperature > 0:
-            draws = torch.tensor([r.draws[min(len(r.sampled), sampling.max_new_tokens - 1)] for r in rows if r.draws], device=logits.device)
-        chosen, logprobs = choose(logits, draws, sampling.temperature)
+        chosen, logprobs = _choose(rows, logits, turns.sampling)
+        budget = turns.sampling.max_new_tokens
         ended = [
             row
             for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True)
-            if advance(row, token, logprob, eos=self.tokenizer.eos, budget=sampling.max_new_tokens, limit=turns.limit)
+            if advance(row, token, logprob, eos=self.tokenizer.eos, budget=budget, limit=turns.limit)
         ]
         if ended:
             turns.end(ended)
@@ -166,6 +152,24 @@ class Generator:
             self._domains[name] = make_domain(name, self.setups[name].domain, self.sandbox)
             self._environments[name] = self._domains[name].environment()
         return self._domains[name], self._environments[name]
+
+
+def _rows(tasks: list[tuple[Prompt, int]], encoded: list[list[int]], sampling: SamplingConfig, samples: int) -> list[Row]:
+    """Begin the samples of prompts, each with its seed; those of one prompt stand together."""
+    count = sampling.max_new_tokens * (DRAWS if sampling.speculative else 1)
+    return [
+        Row(prompt, list(tokens), uniforms(seed, g, count) if sampling.temperature > 0 else None)
+        for (prompt, seed), tokens in zip(tasks, encoded, strict=True)
+        for g in range(samples)
+    ]
+
+
+def _choose(rows: list[Row], logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Choose the next token of each row from logits [B, V]: tokens [B] and their log-probs [B], nats."""
+    if sampling.temperature == 0:
+        return choose(logits, None, 0.0)
+    numbers = [row.draws[min(row.count, sampling.max_new_tokens - 1)] for row in rows if row.draws is not None]
+    return choose(logits, send(torch.from_numpy(np.array(numbers)), logits.device), sampling.temperature)
 
 
 def _how(model: Transformer, sampling: SamplingConfig, hindered: str) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from domains.types import Domain, Environment, Message, Prompt, Sample
 from model.tokenizer import Tokenizer
 from runtime.config import SamplingConfig
@@ -13,50 +16,54 @@ from runtime.generation.conversation import continuation_tokens, parse_turn
 
 @dataclass
 class Row:
-    """One sample in the making."""
+    """One sample in the making.
+
+    Attributes:
+        tokens: the prompt's to begin with.
+        draws: [n * max_new_tokens] fp32 in [0, 1), they decide the sampled tokens; None is greedy.
+        given: tokens that it is still to be told.
+        sampled, logprobs: beside `tokens`, as `Sample` has them. count: how many of the tokens are sampled.
+        turn_start: tokens before the present turn.
+    """
 
     prompt: Prompt
     tokens: list[int]
-    prompt_length: int
-    draws: list[float] | None
+    draws: NDArray[np.float32] | None
     episode: int = -1
     given: deque[int] = field(default_factory=deque)
-    sampled: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    sampled: list[bool] = field(init=False)
+    logprobs: list[float] = field(init=False)
+    count: int = 0
     messages: list[Message] = field(default_factory=list)
-    turn_start: int = 0
+    turn_start: int = field(init=False)
     turns: int = 0
     done: bool = False
     truncated: bool = False
     drafted: int = 0
     accepted: int = 0
 
+    def __post_init__(self) -> None:
+        self.turn_start = len(self.tokens)
+        self.sampled, self.logprobs = [False] * len(self.tokens), [0.0] * len(self.tokens)
+
     def sample(self, outcome: dict) -> Sample:
         """Return the finished sample."""
-        flags, values = [False] * len(self.tokens), [0.0] * len(self.tokens)
-        for position, logprob in zip(self.sampled, self.logprobs, strict=True):
-            flags[position], values[position] = True, logprob
-        made = Sample(self.prompt, self.tokens, flags, values, self.messages, outcome, self.truncated)
+        made = Sample(self.prompt, self.tokens, self.sampled, self.logprobs, self.messages, outcome, self.truncated)
         made.drafted, made.accepted = self.drafted, self.accepted
         return made
 
 
 def advance(row: Row, token: int, logprob: float, *, eos: int, budget: int, limit: int) -> bool:
     """Append the next token, given or sampled; returns whether the row's turn is over."""
-    if row.given:
-        row.tokens.append(row.given.popleft())
-        return len(row.tokens) >= limit - 1 and _truncate(row)
-    row.sampled.append(len(row.tokens))
-    row.tokens.append(token)
-    row.logprobs.append(logprob)
-    if token == eos:
+    samples = not row.given
+    row.tokens.append(token if samples else row.given.popleft())
+    row.sampled.append(samples)
+    row.logprobs.append(logprob if samples else 0.0)
+    row.count += samples
+    if samples and token == eos:
         return True
-    return (len(row.sampled) >= budget or len(row.tokens) >= limit - 1) and _truncate(row)
-
-
-def _truncate(row: Row) -> bool:
-    row.truncated = True
-    return True
+    row.truncated = (samples and row.count >= budget) or len(row.tokens) >= limit - 1
+    return row.truncated
 
 
 @dataclass
@@ -76,7 +83,7 @@ class Turns:
             row.turns += 1
             message = parse_turn(self.tokenizer.decode(row.tokens[row.turn_start :]), self.domain.thinking_mode)
             row.messages.append(message)
-            row.done = row.truncated or self.environment is None or len(row.sampled) >= self.sampling.max_new_tokens
+            row.done = row.truncated or self.environment is None or row.count >= self.sampling.max_new_tokens
             if not row.done:
                 asking.append((row, message))
         if self.environment is None or not asking:

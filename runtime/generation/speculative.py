@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,8 +145,8 @@ def _draws(rows: list[Row], which: tuple[int, ...], like: Tensor, *, second: boo
     found = []
     for row in rows:
         assert row.draws is not None
-        number = len(row.sampled) + (second and not row.given)
+        number = row.count + (second and not row.given)
         place = min(number, len(row.draws) // DRAWS - 1) * DRAWS
-        found.append([row.draws[place + each] for each in which])
-    out = torch.tensor(found, device=like.device)
+        found.append(row.draws[place : place + DRAWS])
+    out = torch.from_numpy(np.stack(found)[:, which]).to(like.device)
     return out if len(which) > 1 else out[:, 0]

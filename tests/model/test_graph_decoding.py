@@ -120,6 +120,18 @@ def test_rows_leave_while_a_step_is_running(temperature: float) -> None:
             alive = len(index)
 
 
+def test_first_choices_made_elsewhere_are_collected_and_fed() -> None:
+    model = _model()
+    decoder, first = GraphDecoder(model), torch.tensor([7, 90])
+    decoder.start(_filled(model, [9, 4], capacity=20), torch.arange(2), temperature=0.0)
+    decoder.enter(first, torch.tensor([-0.5, -2.0]))
+    decoder.launch(np.array([-1, 3], np.int32), np.zeros(2, np.float32))
+    tokens, logprobs = decoder.collect()
+    assert tokens.tolist() == first.tolist() and logprobs.tolist() == [-0.5, -2.0]
+    expected = model.head(model.decode(torch.tensor([7, 3]), _filled(model, [9, 4], capacity=20)))
+    assert decoder.collect()[0].tolist() == expected.argmax(1).tolist()
+
+
 def test_new_weights_are_read_and_moved_ones_noticed() -> None:
     model = _model()
 

@@ -10,7 +10,7 @@ import torch
 from domains.config import SandboxConfig
 from domains.types import Prompt
 from model.config import ModelConfig
-from model.graph_decoding import hindrance
+from model.graph_decoding import GraphDecoder, hindrance
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation import engine
@@ -36,7 +36,7 @@ class Echo:
         self.ended.append([row.prompt.id for row in rows])
         for row in rows:
             row.turns += 1
-            row.done = row.truncated or row.turns > self.sampling.max_turns - 1 or len(row.sampled) >= self.sampling.max_new_tokens
+            row.done = row.truncated or row.turns > self.sampling.max_turns - 1 or row.count >= self.sampling.max_new_tokens
             if not row.done:
                 row.given.extend([row.turns] * (1 + 7 * row.turns))
 
@@ -93,6 +93,19 @@ def test_rows_that_fill_their_place_stop_where_they_would_step_by_step(
     assert [sample[:3] for sample in got] == [sample[:3] for sample in expected]
     ends = [(sample[1][-1], sample[2]) for sample in got]
     assert (False, True) in ends  # full with a token that was given
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(1, 0), (2, 1), (30, 29)], ids=str)
+def test_no_step_is_launched_whose_choices_nobody_takes(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, tokens: int, least: int
+) -> None:
+    """The last of the rows' tokens is not fed any more."""
+    launched = []
+    launch = GraphDecoder.launch
+    monkeypatch.setattr(GraphDecoder, "launch", lambda self, *args: launched.append(1) or launch(self, *args))
+    sampling = SamplingConfig(max_new_tokens=tokens, temperature=1.0)
+    made = _samples(generator, sampling, ahead=True, monkeypatch=monkeypatch)
+    assert max(sum(sample[1]) for sample in made) == tokens and len(launched) == least
 
 
 def test_one_generator_serves_calls_of_all_kinds(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ class Ends:
     def end(self, rows):
         for row in rows:
             row.turns += 1
-            row.done = row.truncated or not self.given or row.turns > 1 or len(row.sampled) >= self.sampling.max_new_tokens
+            row.done = row.truncated or not self.given or row.turns > 1 or row.count >= self.sampling.max_new_tokens
             if not row.done:
                 row.given.extend(self.given)
 
@@ -95,8 +95,8 @@ def _run(model, prompts, ends, *, seed=0):
     rows = []
     for i, prompt in enumerate(prompts):
         greedy = ends.sampling.temperature == 0
-        draws = None if greedy else uniforms(seed, i, DRAWS * ends.sampling.max_new_tokens).tolist()
-        rows.append(Row(Prompt(f"p{i}", "math", [], {}), list(prompt), len(prompt), draws, turn_start=len(prompt)))
+        draws = None if greedy else uniforms(seed, i, DRAWS * ends.sampling.max_new_tokens)
+        rows.append(Row(Prompt(f"p{i}", "math", [], {}), list(prompt), draws))
     cache = Cache(CONFIG, rows=len(rows), capacity=ends.limit)
     lengths = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
     hidden = drafting.prefill(model, torch.tensor([t for p in prompts for t in p]), lengths, cache)
@@ -113,8 +113,8 @@ def _next(model, tokens):
 @pytest.mark.parametrize("given", [(), (1, 2, 3), (4,)], ids=str)
 def test_greedy_rows_are_what_the_model_alone_decodes(model, given):
     prompts = [[1, 2, 3], [4] * 20, [2], [0, 1, 2, 3, 4, 0, 1]]
-    for row in _run(model, prompts, Ends(tokens=45, temperature=0, given=given)):
-        tokens, sampled, queue, turns = list(row.tokens[: row.prompt_length]), 0, [], 0
+    for prompt, row in zip(prompts, _run(model, prompts, Ends(tokens=45, temperature=0, given=given)), strict=True):
+        tokens, sampled, queue, turns = list(prompt), 0, [], 0
         while sampled < 45:
             if queue:
                 tokens.append(queue.pop(0))
@@ -149,9 +149,10 @@ def test_sampled_tokens_have_the_models_joint_distribution_and_log_probabilities
     free = sum(count * p >= 5 for p in expected.values())
     assert distance < free + 4 * (2 * free) ** 0.5  # four standard deviations of a chi-square
     for row in rows[:20]:
-        for place, logprob in zip(row.sampled, row.logprobs, strict=True):
+        assert row.sampled == [False] * 3 + [True] * row.count and len(row.tokens) == 3 + row.count
+        for place in range(3, len(row.tokens)):
             exact = torch.log_softmax(_next(model, row.tokens[:place]) / 0.8, -1)[row.tokens[place]]
-            assert logprob == pytest.approx(float(exact), abs=1e-4)
+            assert row.logprobs[place] == pytest.approx(float(exact), abs=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_batch(model):
