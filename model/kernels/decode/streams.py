@@ -109,7 +109,10 @@ def _doubly_stochastic(lanes, copies, numbers):
 
 @compiled()
 def _settled(inverse, copies):
-    """Tell whether the last step divided by 1, to two units in the last place, so that the rest would change nothing."""
+    """Tell whether the last step divided by 1, to two units in the last place, so that the rest would change nothing.
+
+    All rows go on until the slowest has settled, so that the last bit of a row may, seldom, depend on the rows beside it.
+    """
     furthest = ZERO
     for i in range(copies):
         for l in range(LANES):

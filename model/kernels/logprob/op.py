@@ -26,4 +26,4 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: in
         return reference.token_logprobs(hidden, weight, targets, chunk=chunk)
     from model.kernels.logprob import chunked  # brings Triton, which a CPU does without
 
-    return chunked.TokenLogprobs.apply(hidden, weight, targets, chunk)
+    return chunked.TokenLogprobs.apply(hidden, weight, targets.contiguous(), chunk)

@@ -46,17 +46,5 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 4096) -> tuple[Tensor, Tensor]:
-    """Compute log p(target) and the entropy of p = softmax(hidden @ weight^T), in fp32.
-
-    Args:
-        hidden: [R, D] last hidden states, one a target.
-        weight: [V, D] the head.
-        targets: [R] int64 token ids.
-        chunk: rows whose logits exist at once.
-
-    Returns:
-        log-probs [R] fp32, nats, differentiable in `hidden` and `weight`; entropy [R] fp32, nats, detached.
-
-    Source: ours.
-    """
+    """Compute `op.token_logprobs`; the arguments are the same."""
     return _TokenLogprobs.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]

@@ -28,10 +28,10 @@ def reverse_kl(
 
     Source: DeepSeek-V4 report, section 5.1.2, eq. 29.
     """
-    if implementation_for(student) == "reference":
-        return reference.reverse_kl(student, head, teacher, weights, chunk=chunk)
     if head.shape[0] != teacher[1].shape[0]:
         raise ValueError(f"reverse KL: the student's head has {head.shape[0]} entries, the teacher's {teacher[1].shape[0]}; expected equal")
+    if implementation_for(student) == "reference":
+        return reference.reverse_kl(student, head, teacher, weights, chunk=chunk)
     from model.kernels.reverse_kl import chunked  # brings Triton, which a CPU does without
 
-    return chunked.ReverseKl.apply(student, head, *teacher, weights.float(), chunk)
+    return chunked.ReverseKl.apply(student, head, *teacher, weights.float().contiguous(), chunk)

@@ -1,4 +1,7 @@
-"""The key that a token of V3.2 leaves in the cache: its normalised latent and its rotated channels."""
+"""The key that a token of V3.2 leaves in the cache: its normalised latent and its rotated channels.
+
+For benchmarks/bench_gpu_decode.py alone, as `listed.put_latent` and `listed.attend_latents` are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Attention of single queries to listed rows of a cache, on a GPU: what decoding needs. Nothing waits for the host."""
+"""Attention of single queries to listed rows of a cache, on a GPU: what decoding needs. Nothing waits for the host.
+
+V4 decodes with `attend_listed`; the two for latents are V3.2's, with which benchmarks/bench_gpu_decode.py compares it.
+"""
 
 from __future__ import annotations
 
