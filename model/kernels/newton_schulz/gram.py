@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.newton_schulz import kernel
-from model.kernels.newton_schulz.plan import Plan, padded, plan
+from model.kernels.newton_schulz.plan import Plan, padded, places, plan
 from model.kernels.newton_schulz.reference import COEFFICIENTS
 
 SEGMENTS = (3, 3, 2, 2)
@@ -73,11 +73,12 @@ def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], rms: fl
     lowest = min(range(len(sources)), key=lambda i: sources[i].data_ptr())
     source, target = sources[lowest], targets[lowest]
     offsets = tuple((each.data_ptr() - source.data_ptr()) // source.itemsize for each in sources)
-    layout = plan(tuple(tuple(each.shape) for each in sources), offsets, tile, block, source.device)
+    layout = plan(tuple(tuple(each.shape) for each in sources), tile, block, source.device)
+    begins, aligned = places(layout, offsets)
     x = torch.empty(layout.numbers, dtype=torch.float16, device=source.device)
-    squares, norm = (torch.empty(count, device=source.device) for count in (len(layout.owners), len(layout.places)))
-    tables, pieces = (layout.places, layout.matrices, layout.owners), (len(layout.owners),)
-    cut = {"HIGH": tile, "WIDE": block, "ALIGNED": 4 if layout.aligned else 1, "num_warps": TILES["num_warps"]}
+    squares, norm = (torch.empty(count, device=source.device) for count in (len(layout.owners), len(begins)))
+    tables, pieces = (begins, layout.matrices, layout.owners), (len(layout.owners),)
+    cut = {"HIGH": tile, "WIDE": block, "ALIGNED": 4 if aligned else 1, "num_warps": TILES["num_warps"]}
     kernel.sum_squares[pieces](source, *tables, squares, tile * block, cut["ALIGNED"], num_warps=TILES["num_warps"])
     kernel.norms[(len(norm),)](squares, layout.matrices, norm, BLOCK=256)
     kernel.normalise[pieces](source, norm, *tables, x, **cut)

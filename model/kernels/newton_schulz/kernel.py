@@ -46,7 +46,7 @@ def symmetric_product(table, a, b, c, out, second, alpha, beta, diagonal, ADD: t
 
 @triton.jit
 def sum_squares(source, places, matrices, owners, out, PIECE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Sum the squares of a piece of a matrix in source into out, which has one number a piece. The tables: see `plan.Plan`."""
+    """Sum the squares of a piece of a matrix in source into out, which has one number a piece. The tables: see `plan`."""
     matrix = tl.load(owners + tl.program_id(0))
     entry = matrices + matrix * 5
     first, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)

@@ -38,25 +38,25 @@ class Group:
         return flat[self.grams : self.grams + self.count * self.size**2].view(self.count, self.size, self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The tables of matrices, which lie in working memory with their shorter side first and zeros up to whole tiles and blocks.
 
     Attributes:
         groups: of the working memory, in its order.
         numbers, gram_numbers: in the working memory of the matrices and of their Gram matrices.
-        places: [B] int64, where each begins outside, counted from a common base.
+        origins: the batch of each matrix, and where in the batch it begins.
         matrices: [B + 1, 5] int64, each one's first piece, rows, columns outside, and its begin and row length in working memory; the end.
         owners: [P] int32, the matrix of each piece [tile, block] of the working memory.
         grams: [T, 6] int64, `kernel.symmetric_product`'s table for X X^T.
         products: [T, 6] int64, the same for products of Gram matrices.
-        aligned: whether every place, row and column outside can be divided by 4.
+        aligned: whether all rows and columns outside can be divided by 4.
     """
 
     groups: tuple[Group, ...]
     numbers: int
     gram_numbers: int
-    places: Tensor
+    origins: tuple[tuple[int, int], ...]
     matrices: Tensor
     owners: Tensor
     grams: Tensor
@@ -70,19 +70,18 @@ def padded(shape: Sequence[int], tile: int, block: int) -> tuple[int, int]:
     return -(-low // tile) * tile, -(-high // block) * block
 
 
-@lru_cache(maxsize=8)
-def plan(shapes: tuple[Shape, ...], offsets: tuple[int, ...], tile: int, block: int, device: torch.device) -> Plan:
+@lru_cache(maxsize=64)
+def plan(shapes: tuple[Shape, ...], tile: int, block: int, device: torch.device) -> Plan:
     """Lay out batches of matrices; the newest plans are kept, for a step is like the one before.
 
     Args:
         shapes: [..., N, M] of each batch.
-        offsets: where each begins, counted in numbers from a common base.
         tile, block: of the kernels; block divides tile.
         device: of the tables.
     """
     each = [
-        (padded(shape, tile, block), offset + i * shape[-2] * shape[-1], shape[-2:])
-        for shape, offset in zip(shapes, offsets, strict=True)
+        (padded(shape, tile, block), (batch, i * shape[-2] * shape[-1]), shape[-2:])
+        for batch, shape in enumerate(shapes)
         for i in range(prod(shape[:-2]))
     ]
     each.sort(key=lambda matrix: matrix[0], reverse=True)
@@ -96,18 +95,32 @@ def plan(shapes: tuple[Shape, ...], offsets: tuple[int, ...], tile: int, block: 
     rows = [(firsts[i], *shape, lines[i], sizes[i][1]) for i, (_, _, shape) in enumerate(each)]
     tables = [(lines[i], depth, grams[i], size) for i, (size, depth) in enumerate(sizes)]
     squares = [(grams[i], size, grams[i], size) for i, (size, _) in enumerate(sizes)]
-    places = [place for _, place, _ in each]
     return Plan(
         groups,
         lines[-1],
         grams[-1],
-        torch.tensor(places, device=device),
+        tuple(origin for _, origin, _ in each),
         torch.tensor([*rows, (firsts[-1], 0, 0, 0, 0)], device=device),
         torch.arange(len(each), dtype=torch.int32).repeat_interleave(torch.tensor(pieces)).to(device),
         _tiles(tables, tile).to(device),
         _tiles(squares, tile).to(device),
-        all(number % 4 == 0 for number in (*places, *(side for _, _, shape in each for side in shape))),
+        all(side % 4 == 0 for _, _, shape in each for side in shape),
     )
+
+
+@lru_cache(maxsize=64)
+def places(layout: Plan, offsets: tuple[int, ...]) -> tuple[Tensor, bool]:
+    """Find where each matrix begins outside.
+
+    Args:
+        layout: of the matrices.
+        offsets: where each batch begins, counted in numbers from a common base.
+
+    Returns:
+        [B] int64 from that base, and whether these and all rows and columns can be divided by 4.
+    """
+    begins = [offsets[batch] + inside for batch, inside in layout.origins]
+    return torch.tensor(begins, device=layout.owners.device), layout.aligned and all(begin % 4 == 0 for begin in begins)
 
 
 def _tiles(matrices: list[tuple[int, int, int, int]], tile: int) -> Tensor:
