@@ -141,13 +141,22 @@ class MixIn(torch.autograd.Function):
         streams, fn, base, scale, pre, *gates = ctx.saved_tensors
         grads = filled(streams, (dcollapsed, dpost, dcomb))
         draw, dsquare, dbase, dscale = gates_backward(streams, gates, base, scale, grads=grads, config=ctx.config)
-        dstreams, dfn = _streams_backward(streams, grads[0], through, (draw, dsquare, pre), fn)
+        dstreams, dfn = streams_backward(streams, grads[0], through, (draw, dsquare, pre), fn)
         return dstreams, dfn.to(fn.dtype), dbase, dscale, None
 
 
-def _streams_backward(
+def streams_backward(
     streams: Tensor, dcollapsed: Tensor, through: Tensor | None, per_token: tuple[Tensor, Tensor, Tensor], fn: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the streams [T, 4, D] and of `fn` [24, 4 D].
+
+    Args:
+        streams: [T, 4, D].
+        dcollapsed: [T, D] gradient of the collapsed streams.
+        through: [T, 4, D] gradient of the streams from their later readers, or None.
+        per_token: gradients of the projections [T, 32] and of the squares' sum [T], and `pre`.
+        fn: parameter.
+    """
     tokens, _, width = streams.shape
     groups = triton.cdiv(tokens, GROUP)
     dstreams = torch.empty_like(streams)
@@ -173,18 +182,14 @@ class MixOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        output, streams, post, comb = ctx.saved_tensors
-        tokens, _, width = streams.shape
-        gradients = tuple(torch.empty_like(t) for t in (output, streams, post, comb))
-        kernel.expand_backward[(tokens,)](
-            grad.contiguous(),
-            output,
-            streams,
-            post,
-            comb,
-            *gradients,
-            width,
-            BLOCK=triton.next_power_of_2(width),
-            num_warps=4 if width <= 2048 else 8,
-        )
-        return gradients
+        return expand_backward(grad, *ctx.saved_tensors)
+
+
+def expand_backward(grad: Tensor, output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the four arguments of `MixOut` from that of its result [T, 4, D]."""
+    tokens, _, width = streams.shape
+    before = (output, streams, post, comb)
+    gradients = tuple(torch.empty_like(t) for t in before)
+    block, warps = triton.next_power_of_2(width), 4 if width <= 2048 else 8
+    kernel.expand_backward[(tokens,)](grad.contiguous(), *before, *gradients, width, BLOCK=block, num_warps=warps)
+    return gradients

@@ -77,7 +77,7 @@ def mix_through(pending: Pending, fn: Tensor, base: Tensor, scale: Tensor, *, co
     _check(pending.streams)
     from model.kernels.hyper_connections import through  # brings Triton, which a CPU does without
 
-    if not through.FUSED:
+    if not through.suits(pending.streams):
         return mix_in_through(mix_out(*pending), fn, base, scale, config=config)
     return through.MixThrough.apply(*pending, fn, base, scale, config)
 

@@ -39,16 +39,16 @@ def _both(values, lines, dtype: tl.constexpr):
 
 
 @triton.jit
-def _project(x, fn_at, known, sums, square, PRECISION: tl.constexpr):
+def _project(x, fn_at, known, sums, square):
     """Add fn times the tile, [64, TOKENS] and its squares to what came before; rows 32 to 63 are those of fn's lower bits."""
-    sums = tl.dot(tl.load(fn_at, known, 0.0), tl.trans(x), sums, input_precision=PRECISION)
+    sums = tl.dot(tl.load(fn_at, known, 0.0), tl.trans(x), sums, input_precision="ieee")
     x = x.to(tl.float32)
     return sums, square + tl.sum(x * x, 1)
 
 
 @triton.jit
-def expand_project(output, streams, post, comb, fn, out, raw, squares, tokens, width, part, SPLIT: tl.constexpr, LOW: tl.constexpr,
-                   TOKENS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def expand_project(output, streams, post, comb, fn, out, raw, squares, tokens, width, part, LOW: tl.constexpr, TOKENS: tl.constexpr,
+                   BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Write X' [T, 4, D] and, of the slice of D columns of this program, raw [S, T, 32] and squares [S, T] as `kernel.project` does."""
     slice_ = tl.program_id(1)
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -56,7 +56,6 @@ def expand_project(output, streams, post, comb, fn, out, raw, squares, tokens, w
     line = tl.arange(0, 2 * ROWS) % ROWS
     second = tl.arange(0, 2 * ROWS) // ROWS
     real = (line < 24) & (second < (2 if LOW else 1))
-    precision: tl.constexpr = "tf32" if SPLIT else "ieee"
     wide_rows = rows.to(tl.int64)[:, None]
     p0, p1, p2, p3 = _four(post + rows * 4, seen)
     c00, c01, c02, c03 = _four(comb + rows * 16, seen)
@@ -77,16 +76,16 @@ def expand_project(output, streams, post, comb, fn, out, raw, squares, tokens, w
         known = real[:, None] & inside[None, :]
         y = (p0[:, None] * f + _weighted(c00, c10, c20, c30, x0, x1, x2, x3)).to(out.dtype.element_ty)
         tl.store(to, y, mask)
-        sums, square = _project(y, fn_at, known, sums, square, precision)
+        sums, square = _project(y, fn_at, known, sums, square)
         y = (p1[:, None] * f + _weighted(c01, c11, c21, c31, x0, x1, x2, x3)).to(out.dtype.element_ty)
         tl.store(to + width, y, mask)
-        sums, square = _project(y, fn_at + width, known, sums, square, precision)
+        sums, square = _project(y, fn_at + width, known, sums, square)
         y = (p2[:, None] * f + _weighted(c02, c12, c22, c32, x0, x1, x2, x3)).to(out.dtype.element_ty)
         tl.store(to + 2 * width, y, mask)
-        sums, square = _project(y, fn_at + 2 * width, known, sums, square, precision)
+        sums, square = _project(y, fn_at + 2 * width, known, sums, square)
         y = (p3[:, None] * f + _weighted(c03, c13, c23, c33, x0, x1, x2, x3)).to(out.dtype.element_ty)
         tl.store(to + 3 * width, y, mask)
-        sums, square = _project(y, fn_at + 3 * width, known, sums, square, precision)
+        sums, square = _project(y, fn_at + 3 * width, known, sums, square)
     place = slice_.to(tl.int64) * tokens + rows
     total = tl.sum(tl.reshape(sums, [2, ROWS, TOKENS]), 0)
     tl.store(raw + place[None, :] * ROWS + tl.arange(0, ROWS)[:, None], total, seen[None, :])
@@ -104,19 +103,17 @@ def _fn(fn, stream, width, columns, inside, LOW: tl.constexpr):
 
 
 @triton.jit
-def _product(weights, high, low, SPLIT: tl.constexpr, LOW: tl.constexpr):
+def _product(weights, high, low, LOW: tl.constexpr):
     """Return draw fn_k [TOKENS, BLOCK]; made transposed, so that the compiler lays out what follows like the loads, not like a product."""
-    precision: tl.constexpr = "tf32" if SPLIT else "ieee"
-    dy = tl.dot(high, weights, input_precision=precision)
+    dy = tl.dot(high, weights, input_precision="ieee")
     if LOW:
-        dy = tl.dot(low, weights, dy, input_precision=precision)
+        dy = tl.dot(low, weights, dy, input_precision="ieee")
     return tl.trans(dy)
 
 
 @triton.jit
 def through_backward(output, streams, post, comb, grad, through, draw, dsquare, pre, fn, doutput, dstreams, parts, tokens, width, group,
-                     SPLIT: tl.constexpr, LOW: tl.constexpr, THROUGH: tl.constexpr, TOKENS: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
+                     LOW: tl.constexpr, THROUGH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gradients of f and X, from that of the collapsed input d, `grad` [T, D], and of X' from its later readers, `through` [T, 4, D].
 
     dX'_k = pre_k d + draw fn_k + dsquare X'_k + through_k stays in registers, X'_k is computed again. One program takes a block of
@@ -155,7 +152,7 @@ def through_backward(output, streams, post, comb, grad, through, draw, dsquare, 
             y = p[:, None] * f.to(tl.float32) + _weighted(c0, c1, c2, c3, x0, x1, x2, x3)
             high = high0 if k == 0 else high1 if k == 1 else high2 if k == 2 else high3
             low = low0 if k == 0 else low1 if k == 1 else low2 if k == 2 else low3
-            dy = _product(weights, high, low, SPLIT, LOW) + along[:, None] * y
+            dy = _product(weights, high, low, LOW) + along[:, None] * y
             dy += tl.load(pre + rows * 4 + k, seen, 0.0)[:, None] * d.to(tl.float32)
             if THROUGH:
                 dy += tl.load(through + place + k * width, mask, 0.0).to(tl.float32)
@@ -176,13 +173,12 @@ def through_backward(output, streams, post, comb, grad, through, draw, dsquare, 
 
 
 @triton.jit
-def weights_backward(streams, draw, dfn, tokens, width, group, SPLIT: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+def weights_backward(streams, draw, dfn, tokens, width, group, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
                      STAGES: tl.constexpr):  # fmt: skip
     """draw^T X over a group of tokens, the streams X [T, K] as one row a token: dfn [G, 32, K]."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     lines = tl.arange(0, ROWS)[None, :]
-    precision: tl.constexpr = "tf32" if SPLIT else "ieee"
     total = tl.zeros([BLOCK, ROWS], tl.float32)
     first = tl.program_id(1) * group
     for start in tl.range(first, tl.minimum(first + group, tokens), TOKENS, num_stages=STAGES):
@@ -190,7 +186,7 @@ def weights_backward(streams, draw, dfn, tokens, width, group, SPLIT: tl.constex
         seen = rows[:, None] < tokens
         x = tl.load(streams + rows.to(tl.int64)[:, None] * width + columns[None, :], seen & inside[None, :], 0.0)
         weights = tl.load(draw + rows[:, None] * ROWS + lines, seen & (lines < 24), 0.0)
-        total = tl.dot(tl.trans(x), weights.to(x.dtype), total, input_precision=precision)
+        total = tl.dot(tl.trans(x), weights.to(x.dtype), total, input_precision="ieee")
     to = dfn + tl.program_id(1).to(tl.int64) * (ROWS * width) + lines * width + columns[:, None]
     tl.store(to, total, inside[:, None])
 

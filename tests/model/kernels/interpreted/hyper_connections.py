@@ -102,21 +102,24 @@ def through_inputs(tokens, width, dtype):
     return [output, streams, *(torch.rand(tokens, *size).requires_grad_() for size in ((4,), (4, 4))), fn, base, scale]
 
 
-def through(kernels, *arguments, used=(0, 1, 2, 3)):
-    """Mix out and in, as one where the kernels can; returns those results that are used."""
-    if kernels is op:
-        results = op.mix_through(op.Pending(*arguments[:4]), *arguments[4:], config=CONFIG)
-    else:
-        streams = reference.mix_out(*arguments[:4])
-        results = (*reference.mix_in(streams, *arguments[4:], config=CONFIG), streams)
-    return [results[number] for number in used]
+def through_directly(*arguments):
+    return through_launch.MixThrough.apply(*arguments, CONFIG)
 
 
-def through_errors(tokens, width, dtype, used=(0, 1, 2, 3)):
-    """Run both and return the relative errors of the results and of all gradients."""
+def through_op(*arguments):
+    return op.mix_through(op.Pending(*arguments[:4]), *arguments[4:], config=CONFIG)
+
+
+def through_reference(*arguments):
+    streams = reference.mix_out(*arguments[:4])
+    return *reference.mix_in(streams, *arguments[4:], config=CONFIG), streams
+
+
+def through_errors(tokens, width, dtype, used=(0, 1, 2, 3), way=through_directly):
+    """Mix out and in at once and as defined; return the relative errors of those results that are used and of all gradients."""
     mine = through_inputs(tokens, width, dtype)
     theirs = [t.detach().double().requires_grad_() for t in mine]
-    outs, wants = through(op, *mine, used=used), through(reference, *theirs, used=used)
+    outs, wants = ([results[number] for number in used] for results in (way(*mine), through_reference(*theirs)))
     grads = [torch.randn_like(out) for out in outs]
     got = (*outs, *torch.autograd.grad(outs, mine, grads, materialize_grads=True))
     want = (*wants, *torch.autograd.grad(wants, theirs, [grad.double() for grad in grads], materialize_grads=True))
@@ -143,7 +146,10 @@ def test_out_and_in_at_once_with_results_that_nobody_uses(used):
     assert max(through_errors(5, 24, torch.float32, used)) < 2e-5
 
 
-def test_out_and_in_at_once_or_one_after_the_other(monkeypatch):
-    once = through_errors(5, 24, torch.float32)
-    monkeypatch.setattr(through_launch, "FUSED", False)
-    assert max(once + through_errors(5, 24, torch.float32)) < 2e-5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_out_and_in_at_once_or_one_after_the_other(monkeypatch, dtype):
+    bound = 2e-5 if dtype == torch.float32 else 2 * float(torch.finfo(dtype).eps)
+    assert max(through_errors(5, 24, dtype, way=through_op)) < bound
+    for switch in ("FUSED_BACKWARD", "FUSED"):
+        monkeypatch.setattr(through_launch, switch, False)
+        assert max(through_errors(5, 24, dtype, way=through_op)) < bound
