@@ -9,20 +9,15 @@ import torch
 
 from domains.config import SandboxConfig
 from domains.types import Prompt
-from model.config import ModelConfig
 from model.graph_decoding import GraphDecoder, hindrance
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation import engine
 from runtime.generation.engine import Generator
 from runtime.generation.rows import Row
+from tiny_models import FEW_WORDS
 
 EOS = 5
-CONFIG = ModelConfig(
-    vocab_size=6, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2,
-    o_lora_rank=8, sliding_window=8, compress_ratios=[0, 4, 128, 0], index_n_heads=4, index_head_dim=16, index_topk=3, n_routed_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1, initializer_range=0.4,
-)  # fmt: skip
 
 
 class Echo:
@@ -50,7 +45,7 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
     monkeypatch.setattr(engine, "Turns", Echo)
     tokenizer = SimpleNamespace(eos=EOS, encode=lambda text: [ord(c) % 5 for c in text])
     monkeypatch.setattr(engine, "prompt_tokens", lambda tokenizer, messages, mode: tokenizer.encode(messages[0]["content"]))
-    made = Generator(Transformer(CONFIG).eval(), tokenizer, {}, SandboxConfig())  # type: ignore[arg-type]
+    made = Generator(Transformer(FEW_WORDS).eval(), tokenizer, {}, SandboxConfig())  # type: ignore[arg-type]
     made._domains["math"], made._environments["math"] = SimpleNamespace(thinking_mode="chat"), None  # type: ignore[assignment]
     return made
 

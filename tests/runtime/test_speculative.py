@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from domains.types import Prompt
 from model import drafting
 from model.cache import Cache
-from model.config import ModelConfig
 from model.transformer import Transformer
 from runtime.config import SamplingConfig
 from runtime.generation.rows import Row
 from runtime.generation.sampler import choose, uniforms
 from runtime.generation.speculative import DRAWS, decode_speculatively, verify
+from tiny_models import FEW_WORDS
 
 
 @settings(max_examples=25, deadline=None)
@@ -63,17 +63,10 @@ def test_log_probabilities_are_the_models(temperature):
     torch.testing.assert_close(verdicts.logprobs, expected)
 
 
-CONFIG = ModelConfig(
-    vocab_size=6, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2,
-    o_lora_rank=8, sliding_window=8, compress_ratios=[0, 4, 128, 0], index_n_heads=4, index_head_dim=16, index_topk=3, n_routed_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=16, num_hash_layers=1, initializer_range=0.4, num_nextn_predict_layers=1,
-)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(2)
-    return Transformer(CONFIG).eval()
+    return Transformer(FEW_WORDS).eval()
 
 
 class Ends:
@@ -97,7 +90,7 @@ def _run(model, prompts, ends, *, seed=0):
         greedy = ends.sampling.temperature == 0
         draws = None if greedy else uniforms(seed, i, DRAWS * ends.sampling.max_new_tokens)
         rows.append(Row(Prompt(f"p{i}", "math", [], {}), list(prompt), draws))
-    cache = Cache(CONFIG, rows=len(rows), capacity=ends.limit)
+    cache = Cache(FEW_WORDS, rows=len(rows), capacity=ends.limit)
     lengths = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
     hidden = drafting.prefill(model, torch.tensor([t for p in prompts for t in p]), lengths, cache)
     with torch.no_grad():
@@ -163,6 +156,6 @@ def test_a_row_does_not_depend_on_its_batch(model):
 
 
 def test_a_model_without_an_mtp_block_is_refused():
-    bare = Transformer(replace(CONFIG, num_nextn_predict_layers=0, compress_ratios=[0, 4, 128]))
+    bare = Transformer(replace(FEW_WORDS, num_nextn_predict_layers=0, compress_ratios=[0, 4, 128]))
     with pytest.raises(ValueError, match="no MTP block"):
         drafting.prefill(bare, torch.tensor([1]), torch.tensor([0, 1]), Cache(bare.config, rows=1, capacity=8))

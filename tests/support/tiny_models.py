@@ -52,6 +52,28 @@ V32 = V32Config(
     num_nextn_predict_layers=0,
     rope_scaling=V32RopeScaling(original_max_position_embeddings=64),
 )
+FEW_WORDS = ModelConfig(
+    vocab_size=6,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    head_dim=16,
+    qk_rope_head_dim=8,
+    q_lora_rank=16,
+    o_groups=2,
+    o_lora_rank=8,
+    sliding_window=8,
+    compress_ratios=[0, 4, 128, 0],
+    index_n_heads=4,
+    index_head_dim=16,
+    index_topk=3,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    num_hash_layers=1,
+    initializer_range=0.4,
+)
+"""Of so few tokens that samples end and coincide."""
 ODD_SIZES = {
     "vocab_size": 97, "o_lora_rank": 20, "index_n_heads": 5, "n_routed_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 28,
 }  # fmt: skip

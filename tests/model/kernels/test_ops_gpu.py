@@ -31,15 +31,6 @@ SLACK, FLOOR = 1.5, 1e-4
 """Of the eager error, and a twentieth of a bf16 rounding for what it happens to hit exactly."""
 
 
-@pytest.fixture(autouse=True)
-def _seeded_and_nan_filled():
-    torch.manual_seed(0)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @contextmanager
 def plain_torch():
     """Compute everything inside with the references."""

@@ -18,8 +18,6 @@ def triton_for_few_numbers(monkeypatch):
     """Run the kernels whatever the size."""
     choose("triton")
     monkeypatch.setattr(op, "FEW", 0)
-    yield
-    choose(None)
 
 
 def drawn(count, number):
