@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from domains.catalog import make_domain
 from domains.config import DomainConfig, SandboxConfig
@@ -93,6 +95,20 @@ def test_a_checkpoint_restores_training_bit_for_bit(parts):
     assert steps(3) == first and first[2] < first[0]
 
 
+def test_rows_that_cannot_be_written_to_train_without_a_warning(parts):
+    trainer, rollout, domain = parts
+    rows = rows_of(rollout.generate(domain.prompts("train", 4, seed=4), SAMPLING, samples=2, stream="g"))
+    for row in rows:  # as Ray delivers them
+        for array in (row.tokens, row.cu_seqlens, row.targets, *row.fields.values()):
+            array.flags.writeable = False
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        trainer.train_step(rows, LossSpec("rl.loss:grpo", {"clip": (0.2, 0.28)}), lr=0.0)
+        trainer.logprobs(rows)
+    torch.set_warn_always(always)
+
+
 def test_the_frozen_model_stays_where_it_started(parts):
     trainer, rollout, domain = parts
     rows = rows_of(rollout.generate(domain.prompts("train", 3, seed=3), SAMPLING, stream="e"))
@@ -120,4 +136,4 @@ def test_advantages_of_real_verdicts_are_centred(parts):
 def test_all_of_this_holds_for_v32():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"AGREEMENT_MODEL": "v32_dir"}, check=False, capture_output=True, text=True)
-    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout[-4000:]
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-4000:]
