@@ -24,8 +24,8 @@ from model.kernels.hyper_connections.fused import (
 
 FUSED = True
 """Whether the two operations run as one: 14 [T, D] read or written, where one after the other has 18."""
-FUSED_BACKWARD = True
-"""Whether their gradients do, too: 24 and 80 / BLOCK instead of 32."""
+FUSED_BACKWARD = False
+"""Whether their gradients do, too: 24 and 80 / BLOCK instead of 32, but then the arithmetic takes about as long as the memory."""
 EXPAND = {"TOKENS": 32, "BLOCK": 64, "STAGES": 2, "num_warps": 4}
 BACKWARD = {"TOKENS": 16, "BLOCK": 64, "num_warps": 4}
 SPAN = 512

@@ -94,12 +94,14 @@ def attend_as_flash() -> None:
 
 def mix_streams() -> None:
     """Mix V4-Flash's residual streams out of one sub-layer and into the next, with parameters in fp32."""
+    from model.kernels.hyper_connections import through
     from model.kernels.hyper_connections.op import Pending, mix_through
 
     pending = [torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((64, 4096), (64, 4, 4096))]
     gates = [torch.zeros(*shape, requires_grad=True) for shape in ((64, 4), (64, 4, 4), (24, 4 * 4096), (24,), (3,))]
-    x, _, _, streams = mix_through(Pending(*pending, *gates[:2]), *gates[2:], config=small())
-    (x.sum() + streams.sum()).backward()
+    for through.FUSED_BACKWARD in (True, False):
+        x, _, _, streams = mix_through(Pending(*pending, *gates[:2]), *gates[2:], config=small())
+        (x.sum() + streams.sum()).backward()
 
 
 def decode_long() -> None:

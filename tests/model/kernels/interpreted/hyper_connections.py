@@ -126,21 +126,30 @@ def through_errors(tokens, width, dtype, used=(0, 1, 2, 3), way=through_directly
     return [relative(a.detach(), b.detach()) if b.any() else float(a.detach().abs().max()) for a, b in zip(got, want, strict=True)]
 
 
+@pytest.fixture
+def fused_backward(monkeypatch):
+    monkeypatch.setattr(through_launch, "FUSED_BACKWARD", True)
+
+
+@pytest.mark.usefixtures("fused_backward")
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (3, 24), (17, 130), (65, 40)], ids=str)
 def test_out_and_in_at_once(tokens, width):
     assert max(through_errors(tokens, width, torch.float32)) < 2e-5
 
 
+@pytest.mark.usefixtures("fused_backward")
 def test_out_and_in_at_once_in_groups_and_slices(monkeypatch):
     monkeypatch.setattr(through_launch, "GROUP", 64), monkeypatch.setattr(through_launch, "SPAN", 64)
     test_out_and_in_at_once(130, 200)
 
 
+@pytest.mark.usefixtures("fused_backward")
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (37, 72)], ids=str)
 def test_out_and_in_at_once_loses_no_more_than_the_roundings_of_half_precision(tokens, width):
     assert max(through_errors(tokens, width, torch.float16)) < 2 * float(torch.finfo(torch.float16).eps)
 
 
+@pytest.mark.usefixtures("fused_backward")
 @pytest.mark.parametrize("used", [(0,), (1, 2), (3,), (0, 3)], ids=str)
 def test_out_and_in_at_once_with_results_that_nobody_uses(used):
     assert max(through_errors(5, 24, torch.float32, used)) < 2e-5
@@ -149,7 +158,7 @@ def test_out_and_in_at_once_with_results_that_nobody_uses(used):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_out_and_in_at_once_or_one_after_the_other(monkeypatch, dtype):
     bound = 2e-5 if dtype == torch.float32 else 2 * float(torch.finfo(dtype).eps)
-    assert max(through_errors(5, 24, dtype, way=through_op)) < bound
-    for switch in ("FUSED_BACKWARD", "FUSED"):
-        monkeypatch.setattr(through_launch, switch, False)
+    for switches in ((True, True), (True, False), (False, False)):
+        monkeypatch.setattr(through_launch, "FUSED", switches[0])
+        monkeypatch.setattr(through_launch, "FUSED_BACKWARD", switches[1])
         assert max(through_errors(5, 24, dtype, way=through_op)) < bound
