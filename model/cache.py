@@ -10,6 +10,7 @@ from torch import Tensor
 from model.config import AnyConfig
 from model.layout import PackedRow
 from model.rope import inverse_frequencies, rotations
+from model.transfer import send
 
 FRONT = 1
 """Keys before the window in `LayerCache.keys`: a zero key whose score is overwritten by the sink's logit."""
@@ -114,24 +115,31 @@ def _select(layer: LayerCache, index: Tensor) -> LayerCache:
 
 
 class PrefillPlan:
-    """Where the tokens of a packed row go in a cache: sample i fills row i, which must be empty."""
+    """Where the tokens of a packed row go in a cache: sample i fills row i, which must be empty.
 
-    def __init__(self, row: PackedRow, cache: Cache) -> None:
-        if len(row.lengths) != cache.rows:
-            raise ValueError(f"prefill: got {len(row.lengths)} sequences for {cache.rows} cache rows, expected one a row")
-        if int(row.lengths.max()) > cache.capacity:
-            raise ValueError(f"prefill: got a sequence of {int(row.lengths.max())} tokens, expected at most the capacity {cache.capacity}")
-        self.row = row
-        self.left = row.lengths[row.sample] - row.position
-        """[T] tokens from this one to its sample's end."""
-        self._tails: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    Every place is worked out once, where `cu_seqlens` is, and sent to the cache: from the host to a GPU nothing waits for anything.
+    """
 
-    def tail(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the last `count` tokens of every sample: token, cache row, ring slot, each [n]."""
-        if count not in self._tails:
-            token = (self.left <= count).nonzero().squeeze(1)
-            self._tails[count] = token, self.row.sample[token], self.row.position[token] % count
-        return self._tails[count]
+    def __init__(self, row: PackedRow, cache: Cache, cu_seqlens: Tensor | None = None) -> None:
+        """Plan where the row's samples go; `cu_seqlens` [N + 1] is what the row was made from, by default the row's own copy of it."""
+        cu = (row.cu_seqlens if cu_seqlens is None else cu_seqlens).to(torch.int64)
+        self._cu, self._lengths = cu, cu.diff()
+        if len(self._lengths) != cache.rows:
+            raise ValueError(f"prefill: got {len(self._lengths)} sequences for {cache.rows} cache rows, expected one a row")
+        if (longest := int(self._lengths.max())) > cache.capacity:
+            raise ValueError(f"prefill: got a sequence of {longest} tokens, expected at most the capacity {cache.capacity}")
+        self._window, self._device = row.window, cache.positions.device
+        self._tails: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._entries: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def tail(self, count: int, *, offset: int = 0) -> tuple[Tensor, ...]:
+        """Find the last `count` tokens of every sample: token, cache row, ring slot counted from `offset` on, each [n] int64."""
+        if (count, offset) not in self._tails:
+            kept = self._lengths.clamp(max=count)
+            rows, number = _listed(kept)
+            token = (self._cu[1:] - kept)[rows] + number
+            self._tails[count, offset] = self._sent(token, rows, (token - self._cu[rows]) % count + offset)
+        return self._tails[count, offset]
 
     def keep_tail(self, state: CompressorState, kv: Tensor, gate: Tensor) -> None:
         """Leave the last tokens of every sample [T, channels] in a rolling state."""
@@ -140,16 +148,26 @@ class PrefillPlan:
 
     def put_window(self, keys: Tensor, kv: Tensor) -> None:
         """Leave the last window of every sample [T, K] in the ring of `keys`."""
-        token, rows, slot = self.tail(self.row.window)
-        keys[rows, FRONT + slot] = kv[token].to(keys.dtype)
+        token, rows, column = self.tail(self._window, offset=FRONT)
+        keys[rows, column] = kv[token].to(keys.dtype)
 
     def put_entries(self, keys: Tensor | None, entries: Tensor, ratio: int, *, offset: int = 0) -> None:
         """Leave all compressed entries [C, K] in `keys`, from column `offset` on."""
         assert keys is not None
-        layout = self.row.entries[ratio]
-        owner = self.row.sample[layout.tokens[:, 0]]
-        number = torch.arange(len(owner), device=owner.device) - layout.cu[owner]
-        keys[owner, offset + number] = entries.to(keys.dtype)
+        if (ratio, offset) not in self._entries:
+            rows, number = _listed(self._lengths // ratio)
+            self._entries[ratio, offset] = self._sent(rows, number + offset)
+        rows, column = self._entries[ratio, offset]
+        keys[rows, column] = entries.to(keys.dtype)
+
+    def _sent(self, *places: Tensor) -> tuple[Tensor, ...]:
+        return send(torch.stack(places), self._device).unbind()
+
+
+def _listed(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """List `counts` [N] things of each of N rows: whose each is, and which of its row's, [n] int64."""
+    rows = torch.repeat_interleave(counts)
+    return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
 
 
 class Step:

@@ -16,6 +16,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.kernels.choice import implementation_for
 from model.static_step import StaticStep
+from model.transfer import send
 from model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class GraphDecoder:
         """Go on with these rows alone, moved to the front in this order."""
         step = self._step
         assert step is not None
-        step.keep(torch.from_numpy(index).to(step.inbox.device))
+        step.keep(send(torch.from_numpy(index), step.inbox.device))
         self._count = len(index)
         for pending in self._pending:
             pending.kept.append(index)

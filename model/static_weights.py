@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -42,8 +43,9 @@ class StaticWeights:
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        self.merge, self._copies = _filled_up(model)
+        self.merge, copies = _filled_up(model)
         self.layers = [_layer(block) for block in model.layers]  # type: ignore[arg-type]
+        self._copies = _by_dtypes([*copies, *(pair for layer in self.layers for pair in layer.copies)])
         self._made_for = self._now()
         self.refresh()
 
@@ -54,11 +56,9 @@ class StaticWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy what is kept as a copy."""
-        for into, parameter in self._copies:
-            into.copy_(parameter)
+        for copies, parameters in self._copies:
+            torch._foreach_copy_(copies, parameters)
         for layer in self.layers:
-            for into, parameter in layer.copies:
-                into.copy_(parameter)
             experts = layer.block.ffn.experts
             if layer.matrices[0] is not experts.w1:
                 for into, matrix in zip(layer.matrices, experts.matrices(), strict=True):
@@ -67,6 +67,16 @@ class StaticWeights:
     def _now(self) -> list[int | bool]:
         addresses = [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
         return [*addresses, *(layer.block.ffn.experts.fp4 for layer in self.layers)]
+
+
+def _by_dtypes(copies: list[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """List where copies go, and their parameters, for each pair of dtypes: those a GPU makes in one launch."""
+    groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for into, parameter in copies:
+        group = groups[into.dtype, parameter.dtype]
+        group[0].append(into)
+        group[1].append(parameter)
+    return list(groups.values())
 
 
 def _filled_up(model: Transformer) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]]:

@@ -94,7 +94,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
+        return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def token_id(self, token: str) -> int:
         """Return the id of a token given as text.
