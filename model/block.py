@@ -51,12 +51,12 @@ class Block(nn.Module):
 
         Returns:
             the experts' output on its way back into the streams, for `mix_out` or the next block, which does it in one pass with its own
-            mixing; and the balance loss [], None where samples share tokens: it counts per sample.
+            mixing; and the balance loss [], None in a prefill and where samples share tokens: it counts per sample.
         """
         x, post, comb, streams = self._attn_in(streams)
         pending = Pending(self.attn(x, row, cache, plan), streams, post, comb)
         x, post, comb, streams = self._ffn_in(pending)
-        out, balance = self.ffn(x, tokens, row if row.source is None else None)
+        out, balance = self.ffn(x, tokens, row if row.source is None and cache is None else None)
         return Pending(out, streams, post, comb), balance
 
     def decode(self, streams: Tensor, tokens: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:

@@ -179,7 +179,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared, config.swiglu_limit)
 
     def forward(self, x: Tensor, tokens: Tensor, row: PackedRow | None) -> tuple[Tensor, Tensor | None]:
-        """Map [T, D] tokens; the balance loss is computed where a packed row is given (not in decoding)."""
+        """Map [T, D] tokens; the balance loss is computed where a packed row is given (not in a rollout)."""
         indices, weights, scores = self.gate(x, tokens)
         if implementation_for(x) == "triton":
             out = self.experts(x, indices, weights, beside=self.shared_experts(x))

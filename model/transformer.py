@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.attention import Attention
 from model.block import Block
@@ -16,6 +15,7 @@ from model.config import AnyConfig, ModelConfig, V32Config
 from model.hyper_connections import Pending, copies, merge, mix_out
 from model.indexer import Indexer
 from model.layout import PackedRow
+from model.linear import wide_product
 from model.moe import Experts, Gate, MoE
 from model.mtp import MTP
 from model.norm import RMSNorm
@@ -52,7 +52,7 @@ class Head(nn.Module):
         """Return fp32 logits [T, V] of `hidden` [T, D], or `op(hidden, weight)`: a chunked loss, the weight gathered around it."""
         if op is not None:
             return op(hidden, self.weight)
-        return functional.linear(hidden.float(), self.weight.float())
+        return wide_product(hidden, self.weight)
 
 
 class Transformer(nn.Module):
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
             ValueError: rows or lengths do not fit the cache.
         """
         row = PackedRow(self.config, cu_seqlens, len(tokens), device=tokens.device)
-        streams, _ = self.streams(tokens, row, cache, PrefillPlan(row, cache))
+        streams, _ = self.streams(tokens, row, cache, PrefillPlan(row, cache, cu_seqlens))
         cache.positions.copy_(row.lengths)
         return self.last(streams.index_select(0, row.cu_seqlens[1:] - 1))
 
@@ -217,9 +217,9 @@ class Transformer(nn.Module):
     def streams(
         self, tokens: Tensor, row: PackedRow, cache: Cache | None = None, plan: PrefillPlan | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Pass a packed row through all blocks: tokens [U] to streams [U, M, D] and the balance loss; a prefill fills `cache`."""
+        """Pass a packed row through all blocks: tokens [U] to streams [U, M, D] and the balance loss; a prefill fills `cache` instead."""
         streams: Tensor | Pending = self._embed(tokens)
-        balance = torch.zeros((), device=tokens.device) if row.source is None else None
+        balance = torch.zeros((), device=tokens.device) if row.source is None and cache is None else None
         for layer, block in enumerate(self.layers):
             streams, loss = block(streams, tokens, row, None if cache is None else cache.layers[layer], plan)
             balance = None if balance is None else balance + loss
