@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.attention import Attention
 from model.cache import LayerCache, PrefillPlan, Step, Steps
 from model.config import ModelConfig
-from model.hyper_connections import Pending, mix_in, mix_out, mix_through
+from model.hyper_connections import mix_in, mix_out
 from model.layout import PackedRow
 from model.moe import MoE
 from model.norm import RMSNorm
@@ -39,25 +39,24 @@ class Block(nn.Module):
         self.hc_ffn_scale = nn.Parameter(torch.empty(3))
 
     def forward(
-        self, streams: Tensor | Pending, tokens: Tensor, row: PackedRow, cache: LayerCache | None = None, plan: PrefillPlan | None = None
-    ) -> tuple[Pending, Tensor | None]:
+        self, streams: Tensor, tokens: Tensor, row: PackedRow, cache: LayerCache | None = None, plan: PrefillPlan | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Pass a packed row.
 
         Args:
-            streams: [U, M, D], or what the block before left.
+            streams: [U, M, D].
             tokens: [U] int64, for hash routing.
             row: layout.
             cache, plan: where a prefill leaves the keys; both or neither.
 
         Returns:
-            the experts' output on its way back into the streams, for `mix_out` or the next block, which does it in one pass with its own
-            mixing; and the balance loss [], None in a prefill and where samples share tokens: it counts per sample.
+            streams [U, M, D] and the balance loss [], None in a prefill and where samples share tokens: it counts per sample.
         """
         x, post, comb, streams = self._attn_in(streams)
-        pending = Pending(self.attn(x, row, cache, plan), streams, post, comb)
-        x, post, comb, streams = self._ffn_in(pending)
+        streams = mix_out(self.attn(x, row, cache, plan), streams, post, comb)
+        x, post, comb, streams = self._ffn_in(streams)
         out, balance = self.ffn(x, tokens, row if row.source is None and cache is None else None)
-        return Pending(out, streams, post, comb), balance
+        return mix_out(out, streams, post, comb), balance
 
     def decode(self, streams: Tensor, tokens: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:
         """Pass one new token a row: streams [B, M, D], tokens [B]; n tokens a row with `Steps`, the first of all rows before the second."""
@@ -66,15 +65,10 @@ class Block(nn.Module):
         x, post, comb, streams = self._ffn_in(streams)
         return mix_out(self.ffn(x, tokens, None)[0], streams, post, comb)
 
-    def _attn_in(self, streams: Tensor | Pending) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, post, comb, streams = self._mix(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+    def _attn_in(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, post, comb, streams = mix_in(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, config=self.config)
         return self.attn_norm(x), post, comb, streams
 
-    def _ffn_in(self, streams: Tensor | Pending) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, post, comb, streams = self._mix(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+    def _ffn_in(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, post, comb, streams = mix_in(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, config=self.config)
         return self.ffn_norm(x), post, comb, streams
-
-    def _mix(self, streams: Tensor | Pending, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if isinstance(streams, Pending):
-            return mix_through(streams, fn, base, scale, config=self.config)
-        return mix_in(streams, fn, base, scale, config=self.config)

@@ -9,7 +9,6 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.kernels.choice import implementation_for
 from model.kernels.hyper_connections import op
-from model.kernels.hyper_connections.op import Pending
 from model.norm import unit_norm
 
 
@@ -31,13 +30,6 @@ def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: 
     if implementation_for(streams) == "reference":
         fn, base, scale = fn.float(), base.float(), scale.float()
     return op.mix_in_through(streams, fn, base, scale, config=config)
-
-
-def mix_through(pending: Pending, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Put a sub-layer's output back and collapse the streams into the next one's input: `mix_out`, then `mix_in`, on a GPU at once."""
-    if implementation_for(pending.streams) == "reference":
-        fn, base, scale = fn.float(), base.float(), scale.float()
-    return op.mix_through(pending, fn, base, scale, config=config)
 
 
 def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:

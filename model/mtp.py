@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.cache import LayerCache, PrefillPlan, Step, Steps
 from model.config import ModelConfig
-from model.hyper_connections import merge, mix_out
+from model.hyper_connections import merge
 from model.layout import PackedRow
 from model.linear import linear
 from model.norm import RMSNorm
@@ -51,8 +51,8 @@ class MTP(Block):
             row: layout; the last token of each sample has no successor of its own, its result is meaningless.
             cache, plan: where a prefill leaves the keys; both or neither.
         """
-        pending, _ = super().forward(self._joined(streams, following), next_tokens, row, cache, plan)
-        return self._last(mix_out(*pending))
+        streams, _ = super().forward(self._joined(streams, following), next_tokens, row, cache, plan)
+        return self._last(streams)
 
     def draft(self, streams: Tensor, following: Tensor, next_tokens: Tensor, step: Step | Steps, cache: LayerCache) -> Tensor:
         """Do the same for one new token a row, or for n with `Steps`: streams [n * B, M, D] to hidden states [n * B, D]."""

@@ -12,7 +12,7 @@ from model.attention import Attention
 from model.block import Block
 from model.cache import Cache, PrefillPlan, Step, Steps
 from model.config import AnyConfig, ModelConfig, V32Config
-from model.hyper_connections import Pending, copies, merge, mix_out
+from model.hyper_connections import copies, merge
 from model.indexer import Indexer
 from model.layout import PackedRow
 from model.linear import wide_product
@@ -218,12 +218,12 @@ class Transformer(nn.Module):
         self, tokens: Tensor, row: PackedRow, cache: Cache | None = None, plan: PrefillPlan | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Pass a packed row through all blocks: tokens [U] to streams [U, M, D] and the balance loss; a prefill fills `cache` instead."""
-        streams: Tensor | Pending = self._embed(tokens)
+        streams = self._embed(tokens)
         balance = torch.zeros((), device=tokens.device) if row.source is None and cache is None else None
         for layer, block in enumerate(self.layers):
             streams, loss = block(streams, tokens, row, None if cache is None else cache.layers[layer], plan)
             balance = None if balance is None else balance + loss
-        return mix_out(*streams) if isinstance(streams, Pending) else streams, balance
+        return streams, balance
 
     def last(self, streams: Tensor) -> Tensor:
         """Merge and normalise the streams [n, M, D] after the last block into what the head reads, [n, D]."""

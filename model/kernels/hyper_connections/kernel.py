@@ -55,10 +55,9 @@ def collapse(streams, raw, squares, base, scale, out, pre, post, comb, mixes, in
              ITERATIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Turn the projections into pre and post [T, 4] and comb [T, 4, 4], and sum the streams: out = sum_j pre_j X_j.
 
-    For the backward pass the projections' sum over slices stays in mixes [T, 32], and 1 / rms in inverse [T]. The last tokens come first:
-    a cache still has them from the pass before.
+    For the backward pass the projections' sum over slices stays in mixes [T, 32], and 1 / rms in inverse [T].
     """
-    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS + tl.arange(0, TOKENS)
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     seen = rows < tokens
     four, j, k = tl.arange(0, 4)[None, :], tl.arange(0, 4)[None, :, None], tl.arange(0, 4)[None, None, :]
     square = tl.zeros([TOKENS], tl.float32)

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.kernels.choice import implementation_for
 from model.kernels.hyper_connections import blocked
-
-
-class Pending(NamedTuple):
-    """The arguments of `mix_out`: a sub-layer's output on its way back into the streams, until somebody reads those.
-
-    Attributes:
-        output: [T, D].
-        streams: [T, M, D] before the sub-layer.
-        post: [T, M] fp32.
-        comb: [T, M, M] fp32.
-    """
-
-    output: Tensor
-    streams: Tensor
-    post: Tensor
-    comb: Tensor
 
 
 def mix_in(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,26 +42,11 @@ def mix_in_through(
     if implementation_for(streams) == "reference":
         collapsed, post, comb = blocked.mix_in(_wide(streams), fn, base, scale, config=config)
         return collapsed.to(streams.dtype), post, comb, streams
-    _check(streams)
+    if streams.shape[1] != 4:
+        raise ValueError(f"hyper-connections: got {streams.shape[1]} streams, expected 4 (the only number that has Triton kernels)")
     from model.kernels.hyper_connections import fused  # brings Triton, which a CPU does without
 
     return fused.MixIn.apply(streams, fn, base, scale, config)
-
-
-def mix_through(pending: Pending, fn: Tensor, base: Tensor, scale: Tensor, *, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `mix_in_through` of what `mix_out` makes of `pending`; on a GPU the streams between are written, but not read again.
-
-    Returns:
-        input [T, D], post and comb of the next sub-layer, and the streams after the last one, [T, M, D].
-    """
-    if implementation_for(pending.streams) == "reference":
-        return mix_in_through(mix_out(*pending), fn, base, scale, config=config)
-    _check(pending.streams)
-    from model.kernels.hyper_connections import through  # brings Triton, which a CPU does without
-
-    if not through.suits(pending.streams):
-        return mix_in_through(mix_out(*pending), fn, base, scale, config=config)
-    return through.MixThrough.apply(*pending, fn, base, scale, config)
 
 
 def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -96,7 +63,8 @@ def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tens
     """
     if implementation_for(streams) == "reference":
         return blocked.mix_out(_wide(output), _wide(streams), post, comb).to(streams.dtype)
-    _check(streams)
+    if streams.shape[1] != 4:
+        raise ValueError(f"hyper-connections: got {streams.shape[1]} streams, expected 4 (the only number that has Triton kernels)")
     from model.kernels.hyper_connections import fused  # brings Triton, which a CPU does without
 
     return fused.MixOut.apply(output, streams, post, comb)
@@ -104,8 +72,3 @@ def mix_out(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tens
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _check(streams: Tensor) -> None:
-    if streams.shape[1] != 4:
-        raise ValueError(f"hyper-connections: got {streams.shape[1]} streams, expected 4 (the only number that has Triton kernels)")

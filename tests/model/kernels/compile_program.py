@@ -92,18 +92,6 @@ def attend_as_flash() -> None:
         sparse_attention(q, kv, entries, indices, torch.zeros(64, requires_grad=True), row=row, ratio=ratio).sum().backward()
 
 
-def mix_streams() -> None:
-    """Mix V4-Flash's residual streams out of one sub-layer and into the next, with parameters in fp32."""
-    from model.kernels.hyper_connections import through
-    from model.kernels.hyper_connections.op import Pending, mix_through
-
-    pending = [torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((64, 4096), (64, 4, 4096))]
-    gates = [torch.zeros(*shape, requires_grad=True) for shape in ((64, 4), (64, 4, 4), (24, 4 * 4096), (24,), (3,))]
-    for through.FUSED_BACKWARD in (True, False):
-        x, _, _, streams = mix_through(Pending(*pending, *gates[:2]), *gates[2:], config=small())
-        (x.sum() + streams.sum()).backward()
-
-
 def decode_long() -> None:
     """Attend and select for single tokens of long contexts, V4-Flash and V3.2; select with FP8 keys in a row."""
     from model.kernels.indexer.listed import select_entries
@@ -167,7 +155,6 @@ def main() -> None:
     for rows in (16, 128, 512):
         StaticStep(model, rows=rows, capacity=256).run(rows)
     attend_as_flash()
-    mix_streams()
     decode_long()
     for shape in ((2, 640, 2048), (2, 200, 301)):
         orthogonalize(torch.randn(shape).half())

@@ -9,7 +9,6 @@ from model.config import ModelConfig
 from model.hyper_connections import copies
 from model.kernels.choice import choose
 from model.kernels.hyper_connections import fused, op, reference
-from model.kernels.hyper_connections import through as through_launch
 
 CONFIG = replace(ModelConfig(num_hidden_layers=1, compress_ratios=[0], num_nextn_predict_layers=0), hc_sinkhorn_iters=4)
 
@@ -94,71 +93,3 @@ def test_copies(tokens, width, count, dtype):
     torch.testing.assert_close(
         got, want.to(dtype), atol=1e-6 if dtype == torch.float32 else 1e-3, rtol=1e-6 if dtype == torch.float32 else 1e-3
     )
-
-
-def through_inputs(tokens, width, dtype):
-    """The arguments of `mix_out`, then the parameters of the `mix_in` after it."""
-    streams, fn, base, scale, output = inputs(tokens, width, dtype)
-    return [output, streams, *(torch.rand(tokens, *size).requires_grad_() for size in ((4,), (4, 4))), fn, base, scale]
-
-
-def through_directly(*arguments):
-    return through_launch.MixThrough.apply(*arguments, CONFIG)
-
-
-def through_op(*arguments):
-    return op.mix_through(op.Pending(*arguments[:4]), *arguments[4:], config=CONFIG)
-
-
-def through_reference(*arguments):
-    streams = reference.mix_out(*arguments[:4])
-    return *reference.mix_in(streams, *arguments[4:], config=CONFIG), streams
-
-
-def through_errors(tokens, width, dtype, used=(0, 1, 2, 3), way=through_directly):
-    """Mix out and in at once and as defined; return the relative errors of those results that are used and of all gradients."""
-    mine = through_inputs(tokens, width, dtype)
-    theirs = [t.detach().double().requires_grad_() for t in mine]
-    outs, wants = ([results[number] for number in used] for results in (way(*mine), through_reference(*theirs)))
-    grads = [torch.randn_like(out) for out in outs]
-    got = (*outs, *torch.autograd.grad(outs, mine, grads, materialize_grads=True))
-    want = (*wants, *torch.autograd.grad(wants, theirs, [grad.double() for grad in grads], materialize_grads=True))
-    return [relative(a.detach(), b.detach()) if b.any() else float(a.detach().abs().max()) for a, b in zip(got, want, strict=True)]
-
-
-@pytest.fixture
-def fused_backward(monkeypatch):
-    monkeypatch.setattr(through_launch, "FUSED_BACKWARD", True)
-
-
-@pytest.mark.usefixtures("fused_backward")
-@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (3, 24), (17, 130), (65, 40)], ids=str)
-def test_out_and_in_at_once(tokens, width):
-    assert max(through_errors(tokens, width, torch.float32)) < 2e-5
-
-
-@pytest.mark.usefixtures("fused_backward")
-def test_out_and_in_at_once_in_groups_and_slices(monkeypatch):
-    monkeypatch.setattr(through_launch, "GROUP", 64), monkeypatch.setattr(through_launch, "SPAN", 64)
-    test_out_and_in_at_once(130, 200)
-
-
-@pytest.mark.usefixtures("fused_backward")
-@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (37, 72)], ids=str)
-def test_out_and_in_at_once_loses_no_more_than_the_roundings_of_half_precision(tokens, width):
-    assert max(through_errors(tokens, width, torch.float16)) < 2 * float(torch.finfo(torch.float16).eps)
-
-
-@pytest.mark.usefixtures("fused_backward")
-@pytest.mark.parametrize("used", [(0,), (1, 2), (3,), (0, 3)], ids=str)
-def test_out_and_in_at_once_with_results_that_nobody_uses(used):
-    assert max(through_errors(5, 24, torch.float32, used)) < 2e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_out_and_in_at_once_or_one_after_the_other(monkeypatch, dtype):
-    bound = 2e-5 if dtype == torch.float32 else 2 * float(torch.finfo(dtype).eps)
-    for switches in ((True, True), (True, False), (False, False)):
-        monkeypatch.setattr(through_launch, "FUSED", switches[0])
-        monkeypatch.setattr(through_launch, "FUSED_BACKWARD", switches[1])
-        assert max(through_errors(5, 24, dtype, way=through_op)) < bound
