@@ -87,7 +87,7 @@ class StaticStep:
         count = len(source)
         for mine, theirs in zip(_tensors(self.cache), _tensors(cache), strict=True):
             into = mine[:count, : theirs.shape[1]] if theirs.ndim > 1 else mine[:count]
-            into.copy_(theirs.index_select(0, source))
+            torch.index_select(theirs, 0, source, out=into)
 
     @torch.no_grad()
     def keep(self, index: Tensor) -> None:

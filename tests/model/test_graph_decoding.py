@@ -247,6 +247,26 @@ def test_a_graph_gives_what_decode_gives(rows: int, experts: bool) -> None:
 
 @pytest.mark.gpu
 @gpu
+def test_from_a_prefill_to_the_first_step_nothing_waits_for_the_gpu() -> None:
+    model, rows = _model(WIDE).cuda().bfloat16(), 2 * len(PROMPTS)
+    tokens, cu = torch.randint(97, (sum(PROMPTS),), device="cuda"), torch.tensor([0, *PROMPTS]).cumsum(0)
+    decoder, source = GraphDecoder(model), torch.arange(rows, device="cuda") // 2
+    for waiting in ("default", "error"):  # the first time kernels are compiled and a graph is captured
+        torch.cuda.set_sync_debug_mode(waiting)
+        try:
+            cache = Cache(WIDE, rows=len(PROMPTS), capacity=240, device="cuda", dtype=torch.bfloat16)
+            logits = model.head(model.prefill(tokens, cu, cache))[source]
+            decoder.start(cache, source, temperature=1.0)
+            decoder.enter(logits.argmax(1), logits.amax(1))
+            decoder.launch(np.full(rows, -1, np.int32), np.full(rows, 0.5, np.float32))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert decoder.collect()[0].tolist() == logits.argmax(1).tolist()
+        decoder.collect()
+
+
+@pytest.mark.gpu
+@gpu
 def test_a_graph_in_bf16_errs_no_more_than_decode() -> None:
     model = _model(WIDE).cuda()
     half = copy.deepcopy(model).bfloat16()
