@@ -141,7 +141,7 @@ class _Rank:
     def start(self, spec: EngineSpec) -> None:
         """Bring the engine up; every rank must be starting for this to return."""
         os.environ["DS_ACCELERATOR"] = "cuda" if ray.get_gpu_ids() else "cpu"  # read by deepspeed on import
-        # Nothing here is compiled by torch, but a decorator in DeepSpeed would load torch's compiler: 0.9 of the 3.2 s that a rank takes to start.
+        # Nothing is compiled by torch; a decorator in DeepSpeed would load its compiler all the same, 0.9 of a rank's 3.2 s to start.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from runtime.engine import Engine  # torch and DeepSpeed, which the process that loops does without
 
