@@ -120,9 +120,9 @@ class PrefillPlan:
     Every place is worked out once, where `cu_seqlens` is, and sent to the cache: from the host to a GPU nothing waits for anything.
     """
 
-    def __init__(self, row: PackedRow, cache: Cache, cu_seqlens: Tensor | None = None) -> None:
-        """Plan where the row's samples go; `cu_seqlens` [N + 1] is what the row was made from, by default the row's own copy of it."""
-        cu = (row.cu_seqlens if cu_seqlens is None else cu_seqlens).to(torch.int64)
+    def __init__(self, row: PackedRow, cache: Cache, cu_seqlens: Tensor) -> None:
+        """Plan where the row's samples go; `cu_seqlens` [N + 1] is what the row was made from."""
+        cu = cu_seqlens.to(torch.int64)
         self._cu, self._lengths = cu, cu.diff()
         if len(self._lengths) != cache.rows:
             raise ValueError(f"prefill: got {len(self._lengths)} sequences for {cache.rows} cache rows, expected one a row")

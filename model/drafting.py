@@ -27,7 +27,7 @@ def prefill(model: Transformer, tokens: Tensor, cu_seqlens: Tensor, cache: Cache
     if not len(model.mtp):
         raise ValueError("speculative decoding: the model has no MTP block (num_nextn_predict_layers = 0) to draft with")
     row = PackedRow(model.config, cu_seqlens, len(tokens), device=tokens.device)
-    plan = PrefillPlan(row, cache)
+    plan = PrefillPlan(row, cache, cu_seqlens)
     streams, _ = model.streams(tokens, row, cache, plan)
     keys = cache.layers[0].keys
     cache.draft = layer_cache(model.config, 0, rows=cache.rows, capacity=cache.capacity, device=keys.device, dtype=keys.dtype)

@@ -41,11 +41,11 @@ class V32Block(nn.Module):
             cache, plan: where a prefill leaves the keys; both or neither.
 
         Returns:
-            streams [U, 1, D] and the balance loss [], None where samples share tokens: it counts per sample.
+            streams [U, 1, D] and the balance loss [], None in a prefill and where samples share tokens: it counts per sample.
         """
         x = streams.squeeze(1)
         x = x + self.attn(self.attn_norm(x), row, cache, plan)
-        out, balance = self._feed_forward(self.ffn_norm(x), tokens, row if row.source is None else None)
+        out, balance = self._feed_forward(self.ffn_norm(x), tokens, row if row.source is None and cache is None else None)
         return (x + out).unsqueeze(1), balance
 
     def decode(self, streams: Tensor, tokens: Tensor, step: Step, cache: LayerCache) -> Tensor:
