@@ -18,9 +18,10 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply [T, D] by weight [N, D], products and sums in fp32: [T, N] fp32.
 
-    A GPU reads half-precision numbers as they are, where no gradient is asked for: that product has none.
+    On a GPU half-precision numbers are read as they are, where no gradient is asked for: that product has none.
     """
-    if x.is_cuda and x.dtype == weight.dtype != torch.float32 and not torch.is_grad_enabled():
+    half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if half and x.is_cuda and implementation_for(x) == "triton" and not torch.is_grad_enabled():
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return functional.linear(x.float(), weight.float())
 

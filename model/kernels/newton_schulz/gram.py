@@ -23,7 +23,7 @@ from model.kernels.newton_schulz.reference import COEFFICIENTS
 SEGMENTS = (3, 3, 2, 2)
 """Steps between two fresh starts. Segments of 4 steps diverge on some spectra; these do on none that was tried."""
 AT_ONCE = 1 << 29
-"""Numbers of the matrices that are iterated at a time, zeros around them included."""
+"""Numbers of the matrices that are iterated at a time, zeros around them included; each takes 6 bytes meanwhile, of square matrices 12."""
 TILES = {"TILE": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
 """Measured on an H200 over the matrices of `small` and 16 of 2048 x 8192: 16.8 and 18.8 ms; 19.6 and 20.5 with 4 stages and 8 warps."""
 
@@ -58,7 +58,8 @@ def _portions(batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             if len(batch):
                 yield portion
                 portion, room = [], AT_ONCE
-    yield portion
+    if portion:
+        yield portion
 
 
 def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], rms: float | None) -> None:
@@ -77,7 +78,7 @@ def _orthogonalize(sources: Sequence[Tensor], targets: Sequence[Tensor], rms: fl
     layout = plan(tuple(tuple(each.shape) for each in sources), tile, block, source.device)
     begins, aligned = places(layout, offsets)
     x = torch.empty(layout.numbers, dtype=torch.float16, device=source.device)
-    squares, norm = (torch.empty(count, device=source.device) for count in (len(layout.owners), len(begins)))
+    squares, norm = (torch.empty(count, dtype=torch.float32, device=source.device) for count in (len(layout.owners), len(begins)))
     tables, pieces = (begins, layout.matrices, layout.owners), (len(layout.owners),)
     cut = {"HIGH": tile, "WIDE": block, "ALIGNED": 4 if aligned else 1, "num_warps": TILES["num_warps"]}
     kernel.sum_squares[pieces](source, *tables, squares, tile * block, cut["ALIGNED"], num_warps=TILES["num_warps"])

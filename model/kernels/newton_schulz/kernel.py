@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model.kernels.newton_schulz.reference import SMALLEST_NORM
+
+SMALLEST = tl.constexpr(SMALLEST_NORM)
+
 
 @triton.jit
 def symmetric_product(table, a, b, c, out, second, alpha, beta, diagonal, ADD: tl.constexpr, SECOND: tl.constexpr,
@@ -58,14 +62,14 @@ def sum_squares(source, places, matrices, owners, out, PIECE: tl.constexpr, ALIG
 
 @triton.jit
 def norms(squares, matrices, out, BLOCK: tl.constexpr):
-    """Take the root of the sum of each matrix's numbers in squares: a program a matrix."""
+    """Take the root of the sum of each matrix's numbers in squares, at least `SMALLEST`: a program a matrix."""
     entry = matrices + tl.program_id(0) * 5
     first, last = tl.load(entry).to(tl.int32), tl.load(entry + 5).to(tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(first, last, BLOCK):
         number = start + tl.arange(0, BLOCK)
         total += tl.load(squares + number, number < last, 0.0)
-    tl.store(out + tl.program_id(0), tl.maximum(tl.sqrt_rn(tl.sum(total, 0)), 1e-30))
+    tl.store(out + tl.program_id(0), tl.maximum(tl.sqrt_rn(tl.sum(total, 0)), SMALLEST, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -12,6 +12,9 @@ from torch import Tensor
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
 """Eight steps that grow small singular values quickly, two that settle them at 1. Source: V4 report, section 2.4."""
 
+SMALLEST_NORM = 1e-18
+"""What a matrix is divided by at least. Squares of smaller numbers vanish in fp32: their sum would call an idle expert's momentum 0."""
+
 CHUNK = 1 << 17
 """Numbers iterated at a time, so that all ten steps find them in a cache (512 KiB in fp32)."""
 
@@ -29,7 +32,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(SMALLEST_NORM)
     x = x.reshape(-1, *x.shape[-2:])
     x = torch.cat([_iterate(part) for part in x.split(max(1, CHUNK // x[0].numel()))])
     return (x.mT if tall else x).reshape(matrices.shape)

@@ -62,5 +62,6 @@ def adamw_(parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], 
 
 def _in_torch(*tensors: Tensor) -> bool:
     first = tensors[0]
-    plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
+    alike = all(each.shape == first.shape and each.device == first.device for each in tensors)  # torch says what is wrong where not
+    plain = alike and all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
     return implementation_for(first) == "reference" or first.numel() < FEW or not plain

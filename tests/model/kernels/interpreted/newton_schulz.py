@@ -106,3 +106,27 @@ def test_no_spectrum_makes_it_diverge(smallest):
 
 def test_zeros_stay_zeros():
     assert not op.orthogonalize(torch.zeros(2, 8, 12)).any()
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-23, 1e-24, 1e-27, 1e-34, 0.0], ids=str)
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_an_idle_matrix_stays_finite(implementation, scale):
+    """The momentum of an expert without tokens passes through all of these."""
+    choose(implementation)
+    idle, busy = torch.randn(24, 40) * scale, torch.randn(24, 40)
+    alone = [busy.clone()]
+    op.orthogonalize_(alone, 1.0)
+    op.orthogonalize_([idle, busy], 1.0)
+    assert float(idle.abs().max()) <= 40**0.5 and busy.isfinite().all()
+    torch.testing.assert_close(busy, alone[0], rtol=1e-3, atol=1e-3)
+
+
+def test_not_a_number_stays_in_its_matrix():
+    broken, whole = torch.randn(24, 40), torch.randn(24, 40)
+    broken[3, 5] = float("nan")
+    op.orthogonalize_([broken, whole], 1.0)
+    assert broken.isnan().all() and whole.isfinite().all()
+
+
+def test_no_matrices():
+    assert op.orthogonalize(torch.empty(0, 3, 4)).shape == (0, 3, 4)
