@@ -95,11 +95,10 @@ class HybridOptimizer(torch.optim.Optimizer):
         for parameter in parameters:
             state, gradient = self.state[parameter], parameter.grad
             assert gradient is not None
-            if not state:
+            if "exp_avg" not in state:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                state["steps"] = torch.zeros((), dtype=torch.float32)
-            state["steps"] += 1
-            steps = state["steps"].item()
+            # No tensor, as older checkpoints have: torch loads one to the parameter's GPU, and reading it there would wait.
+            steps = state["steps"] = int(state.get("steps", 0)) + 1
             rate = group["lr"] * (math.sqrt(1 - beta2**steps) / (1 - beta1**steps))
             step = AdamStep((beta1, beta2), self.config.eps, rate, 1 - group["lr"] * group["weight_decay"])
             adamw_(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"]), step)
