@@ -64,21 +64,11 @@ class Objective(nn.Module):
         Returns:
             [] fp32, requires grad also for a row without targets.
         """
-        device = self.device
-        row = row_tensors(batch, device, share=not (spec.balance_weight or spec.mtp_weight))
+        row = row_tensors(batch, self.device, share=not (spec.balance_weight or spec.mtp_weight))
         tokens, cu_seqlens, _ = row
         hidden = self.model(*row, indexer=spec.indexer)
-        places = batch.targets.nonzero()[0]
-        targets = torch.from_numpy(places)
-        where = send(targets, device)  # [R]
-        rows = Rows(
-            hidden=hidden.last[where - 1],
-            targets=tokens[where],
-            fields={name: send(torch.from_numpy(values[places]), device) for name, values in batch.fields.items()},
-            sample=send(torch.searchsorted(cu_seqlens, targets, right=True) - 1, device),
-            samples=len(batch.cu_seqlens) - 1,
-            teacher=None if teacher is None else teacher_states(teacher, row, where),
-        )
+        targets = torch.from_numpy(batch.targets.nonzero()[0])
+        rows = target_rows(batch, row, targets=targets, last=hidden.last, teacher=teacher)
         loss = spec.resolve()
         total, metrics = self.model.head(rows.hidden, lambda h, weight: loss(rows._replace(hidden=h), weight, **spec.options))
         total = total / denominator
@@ -114,6 +104,30 @@ def row_tensors(batch: Batch, device: torch.device, *, share: bool) -> tuple[Ten
     tokens, cu_seqlens, source = padded(batch if share else replace(batch, source=None))
     # Copies: what Ray delivers cannot be written to, which a tensor cannot say.
     return send(torch.tensor(tokens), device), torch.tensor(cu_seqlens), None if source is None else torch.tensor(source)
+
+
+def target_rows(
+    batch: Batch, row: tuple[Tensor, Tensor, Tensor | None], *, targets: Tensor, last: Tensor, teacher: Transformer | None
+) -> Rows:
+    """Gather what a loss sees of a row.
+
+    Args:
+        batch: the row.
+        row: the same as `row_tensors` returns it.
+        targets: [R] int64 on the host, where the targets lie in the row.
+        last: [T, D] the model's hidden states.
+        teacher: the frozen model to compare with.
+    """
+    tokens, cu_seqlens, _ = row
+    places, where = targets.numpy(), send(targets, tokens.device)
+    return Rows(
+        hidden=last[where - 1],
+        targets=tokens[where],
+        fields={name: send(torch.from_numpy(values[places]), tokens.device) for name, values in batch.fields.items()},
+        sample=send(torch.searchsorted(cu_seqlens, targets, right=True) - 1, tokens.device),
+        samples=len(batch.cu_seqlens) - 1,
+        teacher=None if teacher is None else teacher_states(teacher, row, where),
+    )
 
 
 def padded(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
