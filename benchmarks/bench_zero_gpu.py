@@ -254,7 +254,7 @@ def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
     """Run one rank at ZeRO 1, the same with its samples reordered, then two ranks at each stage.
 
     Raises:
-        RuntimeError: ranks of some runs ended; those that did not have run to their end and are printed.
+        RuntimeError: ranks of some runs ended. Where those of the first did, no other has run; otherwise the others have, and are printed.
     """
     with tempfile.TemporaryDirectory() as temporary:
         model = write_model(Path(temporary) / "model", "tiny" if tiny else "small")
@@ -278,6 +278,8 @@ def compare(stages: Sequence[int], *, tiny: bool) -> list[Outcome]:
                 try:
                     outcomes.append(each.outcome())
                 except RuntimeError as error:
+                    if not outcomes:
+                        raise  # there is nothing to compare the others with
                     failures.append(str(error))
                 else:
                     print(line_of(outcomes[-1], outcomes[0]), flush=True)

@@ -1,8 +1,9 @@
 """Where the time of one supervised step goes: GPU and host time by phase, group and kernel, for `bench_grpo_gpu --profile`.
 
 Phases are those of the host when it launched a kernel: the engine's forward and backward, DeepSpeed's part of the optimizer step (copies of
-gradients, reduction, new weights), and the optimizer itself, behind norm and clipping. The profiler slows the host, so the step's seconds
-without it stand beside: alone, from an idle GPU to an idle GPU, and in a chain of steps.
+gradients, reduction, new weights), and the optimizer itself; at ZeRO 1 norm and clipping count as 'optimizer', as `runtime.clipping` runs
+them when that begins. The profiler slows the host, so the step's seconds without it stand beside: alone, from an idle GPU to an idle GPU,
+and in a chain of steps.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ class Span:
 
 def profile_step(actor: Any, rows: Sequence[Batch], loss: LossSpec, lr: float) -> str:
     """Run a supervised step in a rank's process, some times without the profiler and twice with it; returns the tables."""
-    alone = min(_seconds(actor.engine, rows, loss, lr) for _ in range(3))
-    chained = _seconds(actor.engine, rows, loss, lr, steps=CHAIN) / CHAIN
+    alone = min(_seconds(actor.engine, rows, loss=loss, lr=lr) for _ in range(3))
+    chained = _seconds(actor.engine, rows, loss=loss, lr=lr, steps=CHAIN) / CHAIN
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     for _ in range(2):  # the first step under a profiler pays for setting it up
         with profile(activities=activities) as profiler:
-            profiled = _seconds(actor.engine, rows, loss, lr)
+            profiled = _seconds(actor.engine, rows, loss=loss, lr=lr)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -69,7 +70,7 @@ def profile_step(actor: Any, rows: Sequence[Batch], loss: LossSpec, lr: float) -
     return "\n".join([head, *tables(events)])
 
 
-def _seconds(engine: Any, rows: Sequence[Batch], loss: LossSpec, lr: float, steps: int = 1) -> float:
+def _seconds(engine: Any, rows: Sequence[Batch], *, loss: LossSpec, lr: float, steps: int = 1) -> float:
     """Return the seconds that steps one after the other take, from an idle GPU to an idle GPU."""
     began = time.perf_counter()
     for _ in range(steps):
@@ -79,7 +80,7 @@ def _seconds(engine: Any, rows: Sequence[Batch], loss: LossSpec, lr: float, step
     return time.perf_counter() - began
 
 
-def tables(events: Iterable[Mapping[str, Any]], top: int = 30) -> list[str]:
+def tables(events: Iterable[Mapping[str, Any]], *, top: int = 30) -> list[str]:
     """Lay out what a Chrome trace of torch's profiler says.
 
     Args:
@@ -88,15 +89,15 @@ def tables(events: Iterable[Mapping[str, Any]], top: int = 30) -> list[str]:
     """
     timed = [event for event in events if event.get("ph") == "X"]
     ranges = [(e["ts"], e["ts"] + e["dur"], PHASES[e["name"]]) for e in timed if e["name"] in PHASES and e.get("cat") == "user_annotation"]
-    host = [_span(e, e["ts"], ranges) for e in timed if e.get("cat") in ON_HOST]
+    host = [_span(e, e["ts"], ranges=ranges) for e in timed if e.get("cat") in ON_HOST]
     launched = {e["args"]["correlation"]: e["ts"] for e in timed if e.get("cat") in ON_HOST and "correlation" in e.get("args", {})}
-    gpu = [_span(e, launched.get(e["args"].get("correlation"), e["ts"]), ranges) for e in timed if e.get("cat") in ON_GPU]
+    gpu = [_span(e, launched.get(e["args"].get("correlation"), e["ts"]), ranges=ranges) for e in timed if e.get("cat") in ON_GPU]
     gpu.sort(key=lambda span: span.start)
-    calls = host or [_span(e, e["ts"], ranges) for e in timed if e.get("cat") == "cpu_op"]
-    return [*_by_phase(gpu, ranges), *_by_group(gpu), *_most("kernel", gpu, top), *_most("host call", calls, 15), *_gaps(gpu)]
+    calls = host or [_span(e, e["ts"], ranges=ranges) for e in timed if e.get("cat") == "cpu_op"]
+    return [*_by_phase(gpu, ranges), *_by_group(gpu), *_most("kernel", gpu, top=top), *_most("host call", calls, top=15), *_gaps(gpu)]
 
 
-def _span(event: Mapping[str, Any], launched: float, ranges: Sequence[tuple[float, float, str]]) -> Span:
+def _span(event: Mapping[str, Any], launched: float, *, ranges: Sequence[tuple[float, float, str]]) -> Span:
     """Read an event; its phase is the shortest range that was open when it was launched."""
     around = [(end - start, phase) for start, end, phase in ranges if start <= launched < end]
     return Span(event["ts"], event["dur"], event["name"], min(around)[1] if around else "outside")
@@ -148,7 +149,7 @@ def _by_group(gpu: Sequence[Span]) -> list[str]:
     return lines
 
 
-def _most(what: str, spans: Sequence[Span], top: int) -> list[str]:
+def _most(what: str, spans: Sequence[Span], *, top: int) -> list[str]:
     """List the names that took longest, each phase on its own."""
     spent: Counter[tuple[str, str]] = Counter()
     count: Counter[tuple[str, str]] = Counter()
