@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,15 +32,31 @@ def all_finite(gradients: list[Tensor]) -> bool:
     return bool(finite)
 
 
+@contextmanager
+def as_configured(optimizer: Any) -> Iterator[None]:
+    """Let DeepSpeed's optimizer load a checkpoint, and have it clip as before: it would clip to the norm that the checkpoint names.
+
+    An optimizer that measures nothing, as at ZeRO 1 here, refuses checkpoints that name one; meanwhile it passes for one that measures.
+    """
+    before = {name: getattr(optimizer, name) for name in ("clip_grad", "compute_grad_norm") if hasattr(optimizer, name)}
+    if "compute_grad_norm" in before:
+        optimizer.compute_grad_norm = True
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(optimizer, name, value)
+
+
 class Clipping:
     """Measures ZeRO 1's gradients and clips them as the optimizer begins: DeepSpeed has by then averaged them and launched their copies.
 
     There, and only there, the host waits for its GPU: for the norm, and for what is to be read along with it. When it goes on, all that is
-    left of the step is the optimizer, whose first kernels are long ones. Where the norm is not finite the gradients are dropped, so that
-    the optimizer changes nothing.
+    left of the step is the optimizer and DeepSpeed's copies of the masters that it changed. Where the norm is not finite the gradients are
+    dropped: the optimizer changes nothing, and DeepSpeed copies the masters as they were.
 
     Attributes:
-        norm: of all gradients of the last step before clipping; infinite or not a number where one of them is.
+        norm: of all gradients of the last step before clipping; infinite or not a number where one of them is, or where no step read any.
         values: what was read along with it.
     """
 
@@ -54,7 +71,7 @@ class Clipping:
         self._zero, self._layouts, self._most = zero, layouts, most
         self._along: Sequence[Tensor] | None = None
         self._scale: Tensor | None = None
-        self.norm, self.values = 0.0, list[float]()
+        self.norm, self.values = math.nan, list[float]()
         zero.optimizer.register_step_pre_hook(self._before_group)
 
     @property
@@ -64,7 +81,12 @@ class Clipping:
 
     def begin(self, along: Sequence[Tensor]) -> None:
         """Say what [] tensors the next step is to read along with its norm."""
-        self._along = along
+        self._along, self.norm, self.values = along, math.nan, []
+
+    def end(self) -> tuple[list[float], float]:
+        """Return `values` and `norm` of the step that began."""
+        assert self._along is None, "DeepSpeed skipped a step of which it was not to judge: its optimizer was never called"
+        return self.values, self.norm
 
     def _before_group(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Clip the gradient of the group about to step; ZeRO steps one after the other, the first when no other has begun."""
@@ -84,8 +106,10 @@ class Clipping:
     def _measure(self, flats: Sequence[Tensor]) -> Tensor:
         """Return the norm [] fp32 of all ranks' gradients, those of the first group flat by now, the others as ZeRO keeps them."""
         groups = [[piece for flat in flats for piece in _pieces(flat, self._layouts[flat])]]
-        for gradients in list(self._zero.averaged_gradients.values())[1:]:
-            groups.append([gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)])
+        for index, gradients in self._zero.averaged_gradients.items():
+            if index > 0:
+                assert gradients is not None, f"group {index} has no gradients left to measure while the first steps"
+                groups.append([gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)])
         squares = torch.stack([_squares(pieces, flats[0]) for pieces in groups])
         if dist.get_world_size() > 1:
             dist.all_reduce(squares)

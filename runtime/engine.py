@@ -29,9 +29,9 @@ from model.tokenizer import Tokenizer
 from model.transfer import send
 from model.transformer import Transformer
 from runtime.batch import Batch
-from runtime.clipping import Clipping, all_finite, read
+from runtime.clipping import Clipping, all_finite, as_configured, read
 from runtime.config import SamplingConfig
-from runtime.deepspeed_config import deepspeed_config
+from runtime.deepspeed_config import deepspeed_config, looks_at_gradients
 from runtime.generation.engine import Generator
 from runtime.objective import Objective, row_tensors
 from runtime.optim import HybridOptimizer
@@ -63,6 +63,7 @@ class Engine:
         self.objective = Objective(model)
         optimizer = HybridOptimizer(model.named_parameters(), spec.optimizer)
         config, most = deepspeed_config(spec)
+        self._deepspeed_looks = looks_at_gradients(config)
         self.deepspeed, *_ = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=config)
         self.stage = self.deepspeed.zero_optimization_stage()
         self.optimizer = optimizer
@@ -96,13 +97,13 @@ class Engine:
             metrics = self._forward_backward(batches, loss, denominator)
         with record_function("optim_step"):
             values, norm = self._optim_step([value for parts in metrics.values() for value in parts], lr)
-            applied = math.isfinite(norm)
+            applied = norm is None or math.isfinite(norm)
             self._count_skipped(applied)
             if router_bias_speed and applied:
                 self._nudge_routers(router_bias_speed)
         left = iter(values)
         sums = {name: sum(islice(left, len(parts))) for name, parts in metrics.items()}
-        measured = {"actor/grad_norm": norm} if self.stage else {}  # without ZeRO DeepSpeed clips without telling
+        measured = {} if norm is None else {"actor/grad_norm": norm}
         return sums, {"actor/lr": lr} | (measured if applied else {"actor/skipped": 1.0})
 
     def _forward_backward(self, batches: Sequence[Batch], loss: LossSpec, denominator: float) -> dict[str, list[torch.Tensor]]:
@@ -118,22 +119,24 @@ class Engine:
                 measured.setdefault(name, []).append(metric)
         return measured
 
-    def _optim_step(self, metrics: Sequence[torch.Tensor], lr: float) -> tuple[list[float], float]:
-        """Apply the accumulated gradients; returns the values of the metrics, and the gradients' norm, not finite where nothing changed."""
+    def _optim_step(self, metrics: Sequence[torch.Tensor], lr: float) -> tuple[list[float], float | None]:
+        """Apply the gradients; returns the metrics' values, and the norm: not finite where nothing changed, None where nobody tells."""
+        norm: float | None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self._clipping is not None:
             self._clipping.begin(metrics)
             self.deepspeed.step()
-            values, norm = self._clipping.values, self._clipping.norm
+            values, norm = self._clipping.end()
         else:
-            # From stage 2 on the gradients are gone by now, and DeepSpeed has looked at them.
-            applied = self.stage >= 2 or all_finite([p.grad for p in self.model.parameters() if p.grad is not None])
+            # From stage 2 on the gradients are gone by now.
+            applied = self._deepspeed_looks or all_finite([p.grad for p in self.model.parameters() if p.grad is not None])
             if applied:
                 self.deepspeed.step()
                 applied = self.deepspeed.was_step_applied()
-            norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if applied else math.inf
-            values = read(metrics)
+            told = self.deepspeed.get_global_grad_norm() if applied else math.inf
+            values, norm = read(metrics), None if told is None else float(told)
+        assert len(values) == len(metrics), f"read {len(values)} values of {len(metrics)} metrics"
         self.deepspeed.zero_grad()
         return values, norm
 
@@ -179,8 +182,9 @@ class Engine:
         self.deepspeed.save_checkpoint(directory, tag="ranks", client_state=client, save_latest=False)
 
     def load(self, directory: str) -> None:
-        """Restore what `save` wrote with the same number of ranks."""
-        path, client = self.deepspeed.load_checkpoint(directory, tag="ranks")
+        """Restore what `save` wrote with the same number of ranks; the configuration alone says how to clip."""
+        with as_configured(self.deepspeed.optimizer):
+            path, client = self.deepspeed.load_checkpoint(directory, tag="ranks")
         if path is None:
             raise ValueError(f"{directory}: holds no checkpoint for {self.spec.ranks} ranks at ZeRO stage {self.stage}")
         torch.set_rng_state(client["torch_rng"])

@@ -83,9 +83,6 @@ def layouts_of(zero: Any, stage: int) -> dict[Tensor, ContiguousLayout | Sharded
     Args:
         zero: `engine.optimizer` of a DeepSpeed engine.
         stage: 0 to 3; stage 0 keeps whole parameters and needs none.
-
-    Raises:
-        ValueError: DeepSpeed chose an optimizer of another kind, as it does at stage 1 for gradients in fp32 of parameters in bf16.
     """
     if stage == 0:
         return {}
@@ -96,8 +93,6 @@ def layouts_of(zero: Any, stage: int) -> dict[Tensor, ContiguousLayout | Sharded
                 zero.fp32_partitioned_groups_flat, zero.fp16_groups, zero.sub_group_process_groups, strict=True
             )
         }
-    if not hasattr(zero, "single_partition_of_fp32_groups"):
-        raise ValueError(f"data_types.grad_accum_dtype: got {type(zero).__name__}, which keeps no flat slices; leave it out or take ZeRO 2")
     return {
         flat: ContiguousLayout([m.shape for m in meta], offsets, process_group)
         for flat, meta, offsets, process_group in zip(

@@ -1,5 +1,6 @@
 """Clipping at ZeRO 1: the norm of whole gradients, one wait a step, and nothing changed where a gradient is not finite."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from runtime import clipping
-from runtime.clipping import Clipping
+from runtime.clipping import Clipping, as_configured
 from runtime.config import OptimizerConfig
 from runtime.deepspeed_config import deepspeed_config
 from runtime.spec import EngineSpec
@@ -118,13 +119,71 @@ def test_no_group_steps_where_any_gradient_is_not_finite(monkeypatch, where, val
     assert all(each is not None for each in zero.step(buffer, [others], []))
 
 
+def test_a_step_that_deepspeed_skips_is_no_step_of_ours(monkeypatch):
+    zero = make(monkeypatch, most=1.0)
+    buffer, others = gradients()
+    zero.step(buffer, [others], [torch.tensor(2.0)])
+    assert zero.clipping.end() == ([2.0], zero.clipping.norm) and zero.clipping.finite
+    zero.clipping.begin([torch.tensor(3.0)])
+    assert not zero.clipping.finite and zero.clipping.values == []
+    with pytest.raises(AssertionError, match="never called"):
+        zero.clipping.end()
+
+
+def test_a_group_without_gradients_is_told(monkeypatch):
+    zero = make(monkeypatch, most=1.0)
+    buffer, _ = gradients()
+    zero.averaged_gradients, zero.flats[0].grad = {0: None, 1: None}, buffer
+    zero.clipping.begin([])
+    zero.optimizer.param_groups = zero.optimizer.param_groups[:1]
+    with pytest.raises(AssertionError, match="group 1 has no gradients"):
+        zero.optimizer.step()
+
+
+def test_loading_leaves_clipping_as_it_was_configured():
+    loaded = SimpleNamespace(clip_grad=0.0, compute_grad_norm=False)
+    with pytest.raises(OSError, match="unreadable"), as_configured(loaded):
+        assert loaded.compute_grad_norm
+        loaded.clip_grad = 1.0
+        raise OSError("unreadable")
+    assert loaded == SimpleNamespace(clip_grad=0.0, compute_grad_norm=False)
+    plain = SimpleNamespace()
+    with as_configured(plain):
+        assert vars(plain) == {}
+    assert vars(plain) == {}
+
+
+BF16 = {"enabled": True}
+
+
 @pytest.mark.parametrize(
-    ("zero", "ours"),
-    [({"stage": 1}, True), ({"stage": 0}, False), ({"stage": 2}, False), ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, False)],
+    ("keys", "ours"),
+    [
+        ({"zero_optimization": {"stage": 1}, "bf16": BF16}, True),
+        ({"zero_optimization": {"stage": 1}}, True),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False, "check_grad_overflow": True}}, True),
+        ({"zero_optimization": {"stage": 1}, "bf16": BF16 | {"check_grad_overflow": True}}, False),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, False),
+        ({"zero_optimization": {"stage": 0}, "bf16": BF16}, False),
+        ({"zero_optimization": {"stage": 2}, "bf16": BF16}, False),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "bf16": BF16}, False),
+    ],
 )
-def test_deepspeed_clips_where_we_do_not(zero, ours):
-    spec = EngineSpec(model="", optimizer=OptimizerConfig(grad_clip=0.7), deepspeed={"zero_optimization": zero, "bf16": {"enabled": True}})
-    config, most = deepspeed_config(spec)
+def test_deepspeed_clips_where_we_do_not(keys, ours):
+    before = copy.deepcopy(keys)
+    config, most = deepspeed_config(EngineSpec(model="", optimizer=OptimizerConfig(grad_clip=0.7), deepspeed=keys))
+    zero = keys["zero_optimization"]
     assert most == (0.7 if ours else None) and config["gradient_clipping"] == (0.0 if ours else 0.7)
     assert config["zero_optimization"] == zero | ({"compute_grad_norm": False} if ours else {})
-    assert config["bf16"] == {"enabled": True, "check_grad_overflow": zero["stage"] == 2} and "bf16" in spec.deepspeed
+    if keys.get("bf16") == BF16:
+        assert config["bf16"] == {"enabled": True, "check_grad_overflow": zero["stage"] == 2}
+    assert keys == before
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("name", ["fp32", "float32"])
+def test_gradients_wider_than_parameters_are_refused_at_zero_1(name, checked):
+    keys = {"bf16": BF16 | {"check_grad_overflow": checked}, "data_types": {"grad_accum_dtype": name}}
+    with pytest.raises(ValueError, match=f"data_types.grad_accum_dtype: got {name}"):
+        deepspeed_config(EngineSpec(model="", optimizer=OptimizerConfig(), deepspeed=keys | {"zero_optimization": {"stage": 1}}))
+    deepspeed_config(EngineSpec(model="", optimizer=OptimizerConfig(), deepspeed=keys | {"zero_optimization": {"stage": 2}}))

@@ -91,11 +91,6 @@ def test_a_ranks_share_of_a_buffer_holds_whole_matrices_updates_and_the_gaps_sta
         assert torch.equal(layout.update(share.clone(), transform), expected.chunk(ranks)[rank])
 
 
-def test_a_zero_optimizer_without_flat_slices_is_refused():
-    with pytest.raises(ValueError, match="grad_accum_dtype"):
-        zero_layouts.layouts_of(SimpleNamespace(), 1)
-
-
 def test_vectors_embedding_and_head_follow_torch_adamw():
     config = OptimizerConfig(lr=0.01, weight_decay=0.1, eps=1e-8)
     names = ["norm.weight", "embed.weight", "head.weight"]
@@ -113,6 +108,31 @@ def test_vectors_embedding_and_head_follow_torch_adamw():
         reference.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("counter", [int, lambda steps: torch.tensor(float(steps))], ids=["number", "older checkpoints' tensor"])
+def test_adamw_goes_on_counting_where_a_checkpoint_ended(counter):
+    def resumable():
+        parameter = torch.nn.Parameter(torch.ones(5))
+        return parameter, HybridOptimizer([("norm.weight", parameter)], OptimizerConfig(lr=0.01))
+
+    def step(parameter, optimizer, seed):
+        parameter.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    whole, first, second = resumable(), resumable(), resumable()
+    for seed in range(3):
+        step(*whole, seed)
+        step(*first, seed)
+    saved = first[1].state_dict()
+    for state in saved["state"].values():
+        assert type(state["steps"]) is int
+        state["steps"] = counter(state["steps"])
+    second[0].data.copy_(first[0].data)
+    second[1].load_state_dict(saved)
+    step(*whole, 3)
+    step(*second, 3)
+    assert torch.equal(whole[0], second[0]) and second[1].state[second[0]]["steps"] == 4
 
 
 def test_learning_rate_warms_up_and_ends_at_its_ratio():
