@@ -148,7 +148,7 @@ class Ours:
 
     def profile(self, tokens: int) -> str:
         """Say where the time of such a step goes in the rank's process."""
-        return ray.get(self.group._actors[0].__ray_call__.remote(profile_step, self.rows(tokens), TRAINED, LEARNING_RATE))
+        return ray.get(self.group._actors[0].__ray_call__.remote(profile_step, self.rows(tokens), loss=TRAINED, lr=LEARNING_RATE))
 
     def close(self) -> None:
         """End the rank and Ray."""

@@ -51,7 +51,7 @@ class Span:
     phase: str
 
 
-def profile_step(actor: Any, rows: Sequence[Batch], loss: LossSpec, lr: float) -> str:
+def profile_step(actor: Any, rows: Sequence[Batch], *, loss: LossSpec, lr: float) -> str:
     """Run a supervised step in a rank's process, some times without the profiler and twice with it; returns the tables."""
     alone = min(_seconds(actor.engine, rows, loss=loss, lr=lr) for _ in range(3))
     chained = _seconds(actor.engine, rows, loss=loss, lr=lr, steps=CHAIN) / CHAIN
