@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from datasets import Dataset
-from grpo_setting import LEARNING_RATE, ROOT, Setting
+from grpo_setting import LEARNING_RATE, Setting
 from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -73,13 +72,13 @@ class TrlGrpo:
 
 
 def transformers_model(directory: Path) -> DeepseekV4ForCausalLM:
-    """Load the weights in `directory` into transformers' model, fp32 on the CPU."""
-    parity, ours = parity_test(), weights.load(directory)
-    config = parity.oracle_config(ours.config)
-    config.num_experts = ours.config.n_routed_experts  # the trainer's mixture-of-experts check reads this name
-    model = DeepseekV4ForCausalLM(config)
-    missing = model.load_state_dict(parity.oracle_tensors(ours.state_dict()), strict=False)
-    assert not missing.unexpected_keys and all("inv_freq" in key for key in missing.missing_keys), missing
+    """Load the weights in `directory` into transformers' model, fp32 on the CPU, by way of an export in its layout."""
+    ours = weights.load(directory)
+    with tempfile.TemporaryDirectory() as exported:
+        weights.save(ours, Path(exported), layout="transformers")
+        model, about = DeepseekV4ForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
+    assert not about["missing_keys"] and not about["unexpected_keys"], about
+    model.config.num_experts = ours.config.n_routed_experts  # the trainer's mixture-of-experts check reads this name
     return model
 
 
@@ -90,12 +89,3 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<0>", eos_token="<1>", pad_token="<1>", unk_token="<2>", padding_side="left"
     )
-
-
-def parity_test() -> ModuleType:
-    """Load the parity test, which knows how transformers names configuration and weights."""
-    spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/model/test_parity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
