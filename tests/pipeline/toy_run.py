@@ -6,6 +6,7 @@
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -64,5 +65,7 @@ def toy_steps(config):
 
 
 if __name__ == "__main__":
+    # Whatever runs in a shell's background, as the tests may, inherits that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     real_steps, stages.steps = stages.steps, toy_steps
     sys.exit(main(sys.argv[1:]))
