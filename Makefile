@@ -20,8 +20,8 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "gpu or gpus2" tests
 
 bench-gpu:
-	for each in gpu_attention gpu_ops gpu_layer gpu_decode grpo_gpu; do \
-	  PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_$$each.py || exit; \
+	for each in "gpu_attention --long" gpu_ops "gpu_layer --peer" gpu_decode grpo_gpu; do \
+	  set -- $$each; PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/bench_$$1.py $$2 || exit; \
 	done
 
 bench-gpus2:
