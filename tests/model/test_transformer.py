@@ -8,30 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.config import ModelConfig
 from model.transformer import Transformer
+from tiny_models import FEW_WORDS
 
-CONFIG = ModelConfig(
-    vocab_size=50,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    head_dim=16,
-    qk_rope_head_dim=8,
-    q_lora_rank=16,
-    o_groups=2,
-    o_lora_rank=8,
-    sliding_window=8,
-    compress_ratios=[0, 4, 128, 0],
-    index_n_heads=16,
-    index_head_dim=8,
-    index_topk=4,
-    n_routed_experts=6,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    num_hash_layers=1,
-    initializer_range=0.1,
-)
+CONFIG = replace(FEW_WORDS, vocab_size=50, index_n_heads=16, index_head_dim=8, index_topk=4, n_routed_experts=6, initializer_range=0.1)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:

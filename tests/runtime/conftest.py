@@ -1,37 +1,22 @@
 """A model small enough that a whole training step takes milliseconds, with every kind of layer."""
 
+from dataclasses import replace
+
 import pytest
 
 from experts.fresh import write_fresh_model
-from model.config import ModelConfig, V32Config
+from model.config import V32Config
 from model.tokenizer import Tokenizer
+from tiny_models import FEW_WORDS
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A freshly initialised model and its tokenizer on disk."""
-    config = ModelConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        head_dim=16,
-        qk_rope_head_dim=8,
-        q_lora_rank=16,
-        o_groups=2,
-        o_lora_rank=16,
-        sliding_window=16,
-        compress_ratios=[0, 4, 128, 0],
-        index_n_heads=16,
-        index_head_dim=16,
-        index_topk=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        num_hash_layers=1,
-        hc_sinkhorn_iters=4,
-        initializer_range=0.1,
-    )
+    config = replace(
+        FEW_WORDS, vocab_size=300, o_lora_rank=16, sliding_window=16, index_n_heads=16, index_topk=4, moe_intermediate_size=32,
+        hc_sinkhorn_iters=4, initializer_range=0.1,
+    )  # fmt: skip
     return _fresh(tmp_path_factory.mktemp("model") / "fresh", config)
 
 
